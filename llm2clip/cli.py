@@ -65,9 +65,13 @@ def run_command(module: str, argv: list[str]) -> int:
     except USER_ERRORS as error:
         if os.environ.get("LLM2CLIP_DEBUG"):
             traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error}\n(LLM2CLIP_DEBUG=1 shows where)\n")
         return 2
     except Exception:
         traceback.print_exc()
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """The run directory: the only thing that passes between stages.
 
-A stage writes `config.yaml`, `environment.json` and its outputs, and last of all `manifest.json`, by rename: a directory
-is complete exactly when its manifest is there. The manifest carries content digests, by which the next stage knows
-what it reads.
+A stage writes `config.yaml`, `environment.json` and its outputs, and last of all `manifest.json`, by rename: a
+directory is complete exactly when its manifest is there. The manifest carries content digests, by which the next stage
+knows what it reads.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class RunDir:
                 logger.info("%s: continuing in %s", self.stage, self.path)
                 self._describe()
             return
-        leftovers = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
+        leftovers = [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]
         if leftovers and not self._call.config.overwrite:
             raise ValueError(
                 f"{self.path} was written by something else: {_difference(found, self._identity)}; "
@@ -132,10 +132,11 @@ class RunDir:
                 f"{self.path} holds files but is no run directory (no {IDENTITY}); it is not deleted even with "
                 "--overwrite true: choose another --output_dir or empty it yourself"
             )
-        for entry in leftovers:
+        # The manifest goes first and the identity last: killed in between, this is still a deletable, unfinished run.
+        for entry in sorted(leftovers, key=lambda entry: (entry.name == IDENTITY, entry.name != MANIFEST)):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self._describe()
         atomic_write(self.path / IDENTITY, json.dumps(self._identity, indent=2) + "\n")
+        self._describe()
 
     def _describe(self) -> None:
         atomic_write(self.path / "config.yaml", yaml.safe_dump(self._call.resolved, sort_keys=False))

@@ -1,0 +1,12 @@
+# Sourced by the other scripts: cd to the repository and have a .venv with the extra named in $1 (demo or dev),
+# in the versions of constraints.txt. Made again only when pyproject.toml or constraints.txt change.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stamp=".venv/.installed-$1"
+wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing llm2clip[$1] into .venv (torch is large: about 6 GB on disk)" >&2
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"
+    echo "$wanted" > "$stamp"
+fi
+export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false

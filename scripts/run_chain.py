@@ -1,0 +1,208 @@
+"""Run the stages of one YAML file in order, each as its own process; skip what is complete, continue what was killed.
+
+    python scripts/run_chain.py CONFIG [--root DIR] [--arms A,B] [--seeds 0,1] [--launcher "accelerate launch"]
+                                [--STAGE.section.field VALUE ...]
+
+The file holds `root` (where everything is written), `seeds`, `arms` (the ones run by default), `settings` common to
+the stages of one command, and `stages`, each with
+
+    name        its output directory below root; also the prefix of its overrides
+    command     such as `llm2clip train-clip`
+    arm         run only if this arm is asked for (optional)
+    per_seed    run once for every seed, in NAME/seed-N (optional)
+    settings    the stage's configuration; `{root}`, `{seed}` and `{arms}` are filled in, a list item with `{seed}` in
+                a stage that is not per_seed becomes one item per seed, a mapping key ending in `?ARM` is dropped
+                unless that arm is run
+
+Every stage's configuration is checked before the first one starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm2clip import cli, run_dir
+from llm2clip.config import StageCall, merge, set_dotted
+from llm2clip_eval import cli as eval_cli
+
+COMMANDS = {
+    **{f"llm2clip {name}": (module, "llm2clip.cli") for name, (module, _) in cli.COMMANDS.items()},
+    **{f"llm2clip-eval {name}": (module, "llm2clip_eval.cli") for name, (module, _) in eval_cli.COMMANDS.items()},
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage with everything filled in."""
+
+    name: str
+    command: str
+    settings: dict[str, Any]
+    config_file: Path
+    output_dir: Path
+
+    @property
+    def argv(self) -> list[str]:
+        return ["--config", str(self.config_file)]
+
+    @property
+    def module(self) -> Any:
+        return importlib.import_module(COMMANDS[self.command][0])
+
+    def is_complete(self, call: StageCall) -> bool:
+        """Whether its output is there, made from the inputs as they are now."""
+        if not (self.output_dir / run_dir.MANIFEST).is_file():
+            return False
+        stage = self.command.partition(" ")[2]
+        return run_dir.is_complete(
+            self.output_dir, run_dir.identity(call, stage=stage, inputs=self.module.inputs(call))
+        )
+
+
+def read_chain(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The chain's YAML with the overrides of the command line written in; and the launcher."""
+    parser = argparse.ArgumentParser(prog="run_chain.py", allow_abbrev=False)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--root")
+    parser.add_argument("--arms", help="comma-separated")
+    parser.add_argument("--seeds", help="comma-separated")
+    parser.add_argument("--launcher", default="", help="what starts a stage that trains, such as 'accelerate launch'")
+    known, rest = parser.parse_known_args(argv)
+    if not known.config.is_file():
+        raise ValueError(f"{known.config} does not exist; the chains are in configs/*/llm2clip.yaml")
+    chain = yaml.safe_load(known.config.read_text(encoding="utf-8"))
+    chain["root"] = known.root or chain["root"]
+    if known.arms:
+        chain["arms"] = known.arms.split(",")
+    if known.seeds:
+        chain["seeds"] = [int(seed) for seed in known.seeds.split(",")]
+    all_arms = {stage["arm"] for stage in chain["stages"] if "arm" in stage}
+    if unknown := set(chain["arms"]) - all_arms:
+        raise ValueError(f"--arms: no arm {sorted(unknown)} in {known.config}; it has {sorted(all_arms)}")
+    stages = {stage["name"]: stage for stage in chain["stages"]}
+    while rest:
+        option = rest.pop(0)
+        key, equals, value = option.removeprefix("--").partition("=")
+        name, _, field = key.partition(".")
+        if not option.startswith("--") or not field or name not in stages:
+            raise ValueError(f"{option}: expected --STAGE.field VALUE with STAGE one of {', '.join(stages)}")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{option}: a value is missing")
+            value = rest.pop(0)
+        set_dotted(stages[name].setdefault("settings", {}), field, yaml.safe_load(value))
+    return chain, shlex.split(known.launcher)
+
+
+def plan(chain: dict[str, Any]) -> list[Step]:
+    """Every step of the chosen arms and seeds, in order."""
+    root, arms, seeds = chain["root"], chain["arms"], chain["seeds"]
+    steps = []
+    for stage in chain["stages"]:
+        if stage.get("arm", arms[0]) not in arms:
+            continue
+        for seed in seeds if stage.get("per_seed") else [None]:
+            name = stage["name"] if seed is None else f"{stage['name']}/seed-{seed}"
+            settings: dict[str, Any] = {}
+            for part in (chain.get("settings", {}).get(stage["command"], {}), stage.get("settings", {})):
+                merge(settings, _fill(part, root, arms, seeds, seed))
+            settings.setdefault("output_dir", f"{root}/{name}")
+            output_dir = Path(settings["output_dir"])
+            config_file = Path(root) / "configs" / f"{name.replace('/', '-')}.yaml"
+            steps.append(Step(name, stage["command"], settings, config_file, output_dir))
+    return steps
+
+
+def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | None) -> Any:
+    """Fill the placeholders of one settings value."""
+    if isinstance(value, dict):
+        kept = {}
+        for key, item in value.items():
+            name, _, arm = str(key).partition("?")
+            if not arm or arm in arms:
+                kept[name] = _fill(item, root, arms, seeds, seed)
+        return kept
+    if isinstance(value, list):
+        items: list[Any] = []
+        for item in value:
+            each_seed = seed is None and isinstance(item, str) and "{seed}" in item
+            items += [_fill(item, root, arms, seeds, s) for s in (seeds if each_seed else [seed])]
+        return items
+    if isinstance(value, str):
+        if value == "{seed}":
+            return seed
+        return value.replace("{root}", root).replace("{seed}", str(seed)).replace("{arms}", ",".join(arms))
+    return value
+
+
+def check(steps: list[Step]) -> dict[str, StageCall]:
+    """Parse every step's configuration; all mistakes of all steps in one error."""
+    calls, problems = {}, []
+    for step in steps:
+        step.config_file.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.atomic_write(step.config_file, yaml.safe_dump(step.settings, sort_keys=False))
+        try:
+            calls[step.name] = step.module.parse(step.argv)
+        except ValueError as error:
+            problems.append(f"{step.name}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return calls
+
+
+def run(step: Step, launcher: list[str], call: StageCall) -> None:
+    """Run one step as a process of its own; a signal to the chain ends the step too."""
+    python = [*launcher, "-m"] if launcher and call.training is not None else [sys.executable, "-m"]
+    command = [*python, COMMANDS[step.command][1], *step.command.split()[1:], *step.argv]
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    if code := process.wait():
+        print(
+            f"{step.name} failed with exit code {code}; nothing is lost, run the same command again", file=sys.stderr
+        )
+        raise SystemExit(code if code in (1, 2) else 1)
+
+
+def main(argv: list[str]) -> None:
+    began = time.monotonic()
+    chain, launcher = read_chain(argv)
+    steps = plan(chain)
+    calls = check(steps)
+    headlines = []
+    for number, step in enumerate(steps, 1):
+        call, start = calls[step.name], time.monotonic()
+        title = f"[{number}/{len(steps)}] {step.name} ({step.command})"
+        if step.is_complete(call):
+            print(f"{title}: done before", flush=True)
+        else:
+            print(title, flush=True)
+            run(step, launcher, call)
+            print(f"{title}: {time.monotonic() - start:.0f} s", flush=True)
+        manifest = run_dir.read_manifest(step.output_dir)
+        headlines += [manifest["headline"]] if "headline" in manifest else []
+    print("\nWritten:")
+    for step in steps:
+        print(f"  {step.output_dir}")
+    print("\n" + "\n".join(headlines))
+    print(f"\nWhole chain: {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
