@@ -1,0 +1,91 @@
+"""Ranks and recall against matrices worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llm2clip.metrics import recall_at_k, relevant_ranks, retrieval_ranks
+
+
+def unit(*rows: list[float]) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+
+
+def test_ranks_of_a_hand_computed_matrix():
+    similarity = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.2, 0.4], [0.3, 0.6, 0.1]])
+    # row 0: own is best; row 1: two are ahead of 0.2; row 2: own candidates 0.3 and 0.1, only 0.6 is ahead of 0.3
+    relevant = torch.tensor([[True, False, False], [False, True, False], [True, False, True]])
+    assert relevant_ranks(similarity, relevant).tolist() == [0, 2, 1]
+
+
+def test_ties_count_against_the_query():
+    similarity = torch.tensor([[0.5, 0.5, 0.5, 0.1]])
+    assert relevant_ranks(similarity, torch.tensor([[True, False, False, False]])).tolist() == [2]
+    # a tie among own captions costs nothing
+    assert relevant_ranks(similarity, torch.tensor([[True, True, True, False]])).tolist() == [0]
+
+
+def test_a_constant_model_is_last():
+    features = torch.ones(7, 33) / 33**0.5
+    ranks = retrieval_ranks(features, features, torch.arange(7))
+    assert ranks.i2t_ranks.tolist() == [6] * 7
+    assert ranks.t2i_ranks.tolist() == [6] * 7
+    assert recall_at_k(ranks.t2i_ranks, ks=(1, 5)) == {"R@1": 0.0, "R@5": 0.0}
+
+
+def test_float_rounding_is_a_tie_but_a_real_difference_is_not():
+    relevant = torch.tensor([[True, False]])
+    assert relevant_ranks(torch.tensor([[0.5, 0.5 - 1e-7]]), relevant).tolist() == [1]
+    assert relevant_ranks(torch.tensor([[0.5, 0.5 - 1e-4]]), relevant).tolist() == [0]
+
+
+def test_uneven_captions_and_more_captions_than_images():
+    images = unit([1, 0, 0], [0, 1, 0], [0, 0, 1])
+    texts = unit(
+        [1, 0.1, 0],  # image 0, found
+        [0, 1, 0.2],  # image 1, found
+        [0.9, 0.5, 0],  # image 1, finds image 0 first
+        [0, 0.9, 0.5],  # image 2, finds image 1 first
+        [0.8, 0.7, 0.1],  # image 2, finds image 0, then 1
+    )
+    ranks = retrieval_ranks(images, texts, torch.tensor([0, 1, 1, 2, 2]))
+    assert ranks.t2i_ranks.tolist() == [0, 0, 1, 1, 2]
+    # image 2 scores its own captions .486 and .094; the only other caption above .486 is none (1's first has .196)
+    assert ranks.i2t_ranks.tolist() == [0, 0, 0]
+    assert ranks.t2i_top[4].tolist() == [0, 1, 2]
+
+
+def test_one_caption_in_the_top_is_enough_for_image_to_text():
+    images = unit([1, 0], [0, 1])
+    texts = unit([0, 1], [1, 0.05], [0.3, 1])  # image 0 owns a hopeless and a perfect caption
+    assert retrieval_ranks(images, texts, torch.tensor([0, 0, 1])).i2t_ranks.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+def test_chunks_and_a_naive_loop_agree(chunk_size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
+    owner = torch.tensor([index for index in range(12) for _ in range(1 + index % 3)])
+    texts = torch.nn.functional.normalize(images[owner] + torch.randn(len(owner), 8, generator=generator), dim=1)
+    ranks = retrieval_ranks(images, texts, owner, chunk_size=chunk_size)
+    scores = (texts.double() @ images.double().T).numpy()
+    for caption, image in enumerate(owner.tolist()):
+        order = np.argsort(-scores[caption]).tolist()
+        assert ranks.t2i_ranks[caption] == order.index(image)
+        assert ranks.t2i_top[caption].tolist() == order[:5]
+    for image in range(12):
+        order = [owner[caption].item() for caption in np.argsort(-scores[:, image])]
+        assert ranks.i2t_ranks[image] == order.index(image)
+
+
+def test_recall():
+    assert recall_at_k([0, 1, 4, 5, 9, 10]) == pytest.approx({"R@1": 100 / 6, "R@5": 50.0, "R@10": 500 / 6})
+
+
+def test_non_finite_and_orphans_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        relevant_ranks(torch.tensor([[float("nan"), 1.0]]), torch.tensor([[True, False]]))
+    with pytest.raises(ValueError, match="no relevant candidate"):
+        retrieval_ranks(unit([1, 0], [0, 1]), unit([1, 0]), torch.tensor([0]))
