@@ -1,7 +1,7 @@
 """Retrieval metrics: pure functions of features.
 
-The rule for several captions per image is the field's (CLIP_benchmark, LLM2CLIP `zeroshot_retrieval.evaluate`): image to
-text counts as found when *any* caption of the image is among the first k; text to image is counted per caption.
+The rule for several captions per image is the field's (CLIP_benchmark, LLM2CLIP `zeroshot_retrieval.evaluate`): image
+to text counts as found when *any* caption of the image is among the first k; text to image is counted per caption.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 TIE_TOLERANCE = 1e-6
-"""Cosines closer than this are ties: about eight float32 roundings, so that a rank does not hang on summation order."""
+"""Cosines closer than this are ties: about eight float32 roundings, so no rank hangs on the order of summation."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def statement(comparison: Comparison, target: str, baseline: str, metric: str = 
 
 
 def _per_image(models: Sequence[QueryHits]) -> np.ndarray:
-    """(2 * num_models, num_images): for each model, whether the image found a caption, and how many captions found it."""
+    """(2 * num_models, num_images): for each model, whether an image found a caption, how many captions found it."""
     rows = []
     for hits in models:
         rows += [hits.i2t.astype(float), np.bincount(hits.caption_image, weights=hits.t2i, minlength=len(hits.i2t))]

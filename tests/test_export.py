@@ -1,0 +1,174 @@
+"""Exported towers are stock models: every key, same features, in a process that does not know this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from llm2clip import export, export_check
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+TOWERS = {
+    "clip": transformers.CLIPVisionConfig(**VISION, intermediate_size=64, hidden_act="gelu"),
+    "siglip": transformers.SiglipVisionConfig(**VISION, intermediate_size=64),
+    "vit": transformers.ViTConfig(**VISION, intermediate_size=64),
+    "dinov2": transformers.Dinov2Config(**VISION, mlp_ratio=2),
+}
+
+
+def save_processor(directory: Path, kind: str) -> None:
+    size = {"height": 32, "width": 32}
+    if kind == "siglip":
+        processor = transformers.SiglipImageProcessor(size=size)
+    else:
+        processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    processor.save_pretrained(directory)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Move every parameter away from its start, so that a tensor that is not loaded shows."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def save_tower(directory: Path, kind: str) -> torch.nn.Module:
+    model = transformers.AutoModel.from_config(TOWERS[kind])
+    randomize(model)
+    model.save_pretrained(directory)
+    save_processor(directory, kind)
+    return model.eval()
+
+
+def run_export(clip: Path, output_dir: Path) -> Path:
+    export.main(["--clip", str(clip), "--output_dir", str(output_dir)])
+    return output_dir / "vision_tower"
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_stock_tower_survives_the_round_trip(tmp_path, kind):
+    model = save_tower(tmp_path / "source", kind)
+    tower = run_export(tmp_path / "source", tmp_path / "export")
+    report = json.loads((tmp_path / "export" / "verification.json").read_text())
+    assert set(report["classes"]) == {type(model).__name__, "AutoModel"}
+    assert export.find_problems(report) == []
+    pixels = torch.randn(2, 3, 32, 32)
+    found = type(model).from_pretrained(tower).eval()(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(found, model(pixel_values=pixels).last_hidden_state, rtol=0, atol=1e-6)
+    assert json.loads((tower / "config.json").read_text())["hidden_act"] == TOWERS[kind].hidden_act
+    with safe_open(tower / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    prefixed = {"clip", "siglip"}  # the level that 4.x needs there, and nowhere else
+    assert all(name.startswith("vision_model.") == (kind in prefixed) for name in names)
+
+
+def test_a_whole_clip_model_gives_its_vision_half(tmp_path):
+    config = transformers.CLIPConfig(
+        vision_config={**VISION, "intermediate_size": 64}, text_config={**TEXT, "bos_token_id": 0, "eos_token_id": 1}
+    )
+    model = transformers.CLIPModel(config)
+    randomize(model)
+    model.save_pretrained(tmp_path / "source")
+    save_processor(tmp_path / "source", "clip")
+    tower = run_export(tmp_path / "source", tmp_path / "export")
+    pixels = torch.randn(2, 3, 32, 32)
+    found = transformers.CLIPVisionModel.from_pretrained(tower)(pixel_values=pixels).pooler_output
+    expected = model.eval().vision_model(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert json.loads((tower / "config.json").read_text())["architectures"] == ["CLIPVisionModel"]
+    settings = json.loads((tower / "preprocessor_config.json").read_text())
+    assert settings["image_processor_type"] == "CLIPImageProcessor"
+    assert settings["size"] == {"shortest_edge": 32} and settings["do_center_crop"] is True
+    card = (tower / "README.md").read_text()
+    assert "CLIPVisionModel.from_pretrained" in card and "## Licence" in card
+    assert str(tmp_path) not in card
+
+    written = (tower / "model.safetensors").stat().st_mtime_ns
+    run_export(tmp_path / "source", tmp_path / "export")  # complete: left alone
+    assert (tower / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_unfaithful_tower_is_an_error_and_not_called_done(tmp_path, monkeypatch):
+    save_tower(tmp_path / "source", "clip")
+    write = export.write_tower
+
+    def write_with_another_activation(vision_model, processor, tower):
+        write(vision_model, processor, tower)
+        config = json.loads((tower / "config.json").read_text())
+        (tower / "config.json").write_text(json.dumps({**config, "hidden_act": "quick_gelu"}))
+
+    monkeypatch.setattr(export, "write_tower", write_with_another_activation)
+    with pytest.raises(RuntimeError, match="last_hidden_state differs"):
+        run_export(tmp_path / "source", tmp_path / "export")
+    assert not (tmp_path / "export" / "manifest.json").exists()
+
+
+def test_a_lost_tensor_is_found(tmp_path):
+    save_tower(tmp_path / "source", "clip")
+    vision_model, processor = export.load_vision_model(str(tmp_path / "source"))
+    export.write_tower(vision_model, processor, tmp_path / "tower")
+    save_file(export.reference_outputs(vision_model, processor), tmp_path / "reference.safetensors")
+    weights = tmp_path / "tower" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("vision_model.post_layernorm.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    report = export_check.check(str(tmp_path / "tower"), str(tmp_path / "reference.safetensors"))
+    assert "1 missing keys, first " in export.find_problems(report)[0]
+
+
+def test_a_directory_without_a_model_or_processor_is_bad_input(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no model with its image processor"):
+        run_export(tmp_path / "empty", tmp_path / "export")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TOWERS)
+def test_transformers_4_57_loads_every_key(tmp_path, kind, old_transformers):
+    save_tower(tmp_path / "source", kind)
+    tower = run_export(tmp_path / "source", tmp_path / "export")
+    vision_model, processor = export.load_vision_model(str(tmp_path / "source"))
+    save_file(export.reference_outputs(vision_model, processor), tmp_path / "reference.safetensors")
+    report = check_under(old_transformers, tower, tmp_path / "reference.safetensors")
+    assert report["transformers"].startswith("4.57")
+    assert export.find_problems(report) == []
+
+
+@pytest.mark.slow
+def test_transformers_4_57_shows_why_the_prefix_is_needed(tmp_path, old_transformers):
+    """The negative control: what 5.x saves by itself arrives in 4.57 as a random tower."""
+    save_tower(tmp_path / "source", "clip")
+    vision_model, processor = export.load_vision_model(str(tmp_path / "source"))
+    save_file(export.reference_outputs(vision_model, processor), tmp_path / "reference.safetensors")
+    report = check_under(old_transformers, tmp_path / "source", tmp_path / "reference.safetensors")
+    assert any("missing keys" in problem for problem in export.find_problems(report))
+
+
+@pytest.fixture(scope="module")
+def old_transformers(tmp_path_factory) -> Path:
+    """transformers 4.57 in a directory that is put before this environment's packages; torch is shared."""
+    target = tmp_path_factory.mktemp("transformers_4_57")
+    packages = ["transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0"]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *packages]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"no package index to take transformers 4.57 from: {result.stderr.strip().splitlines()[-1]}")
+    return target
+
+
+def check_under(packages: Path, tower: Path, reference: Path) -> dict:
+    command = [sys.executable, export_check.__file__, str(tower), str(reference)]
+    environment = {**os.environ, "PYTHONPATH": str(packages), "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
