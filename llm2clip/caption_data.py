@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.caption_sources import ImageLocation, Problem, Row, open_table, read_jsonl, read_table, read_tar
+from llm2clip.caption_sources import (
+    ImageLocation,
+    Problem,
+    Row,
+    captions_of,
+    open_table,
+    read_field,
+    read_jsonl,
+    read_table,
+    read_tar,
+)
 
 if TYPE_CHECKING:
     import datasets.table
@@ -78,6 +88,7 @@ class CaptionData:
         num_skipped: Rows (and cut tars) among the problems; the others are empty captions of rows that are used.
         offsets: (rows + 1,) int64; the captions of row i are `texts[offsets[i]:offsets[i + 1]]`.
         texts: All captions, row by row, as one Arrow string array.
+        ids: Arrow strings, the id of every row.
         kind_names: The caption kinds in order of appearance.
         kind_codes: (captions,) int32, indices into `kind_names`.
     """
@@ -93,7 +104,7 @@ class CaptionData:
         self.num_skipped = 0
         self._root, rows = self._rows()
         table = self._drop_duplicates(pa.Table.from_batches(self._batches(rows), _SCHEMA).combine_chunks())
-        self._ids = _one_chunk(table["id"])
+        self.ids: pa.LargeStringArray = _one_chunk(table["id"])
         self._files = _one_chunk(table["file"])
         self._positions = np.stack([table["offset"].to_numpy(), table["size"].to_numpy()], axis=1)  # (rows, 2)
         captions = _one_chunk(table["texts"])
@@ -136,7 +147,7 @@ class CaptionData:
         return data
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):
@@ -146,7 +157,7 @@ class CaptionData:
         captions = tuple(
             Caption(names[codes[j]], texts[j].as_py()) for j in range(self.offsets[index], self.offsets[index + 1])
         )
-        return Sample(self._ids[index].as_py(), captions)
+        return Sample(self.ids[index].as_py(), captions)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -193,18 +204,19 @@ class CaptionData:
         try:
             return decode_image(self.image_bytes(index), min_edge=min_edge)
         except ValueError as error:
-            raise ValueError(f"image of {self._ids[index].as_py()!r} in {self.path}: {error}") from error
+            raise ValueError(f"image of {self.ids[index].as_py()!r} in {self.path}: {error}") from error
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over ids, kinds and texts in order; the same for the same rows in any format."""
         digest = hashlib.sha256()
-        kinds = pa.array(self.kind_names, pa.large_string())
-        for array in (self._ids, self.texts, kinds):
-            for buffer in pa.concat_arrays([array]).buffers()[1:]:
-                digest.update(buffer)
-        digest.update(self.offsets)
-        digest.update(self.kind_codes)
+        for strings in (self.ids, self.texts, pa.array(self.kind_names, pa.large_string())):
+            _, offsets, characters = strings.buffers()
+            offsets = np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+            digest.update((offsets - offsets[0]).tobytes())
+            digest.update(memoryview(characters)[offsets[0] : offsets[-1]])
+        digest.update(self.offsets.tobytes())
+        digest.update(self.kind_codes.tobytes())
         return digest.hexdigest()
 
     @cached_property
@@ -227,7 +239,7 @@ class CaptionData:
         if tars:
             text_members = set(self._fields.values())
             return root, (row for tar in tars for row in read_tar(tar, text_members))
-        if path.suffix == ".parquet" or (path / "state.json").exists() or any(path.rglob("*.parquet")):
+        if path.suffix == ".parquet" or (path / "state.json").exists() or any(path.glob("*.parquet")):
             self._images = open_table(path)
             table = self._images.table
             wanted = {name.split(".")[0] for name in (self._id_field, *(self._fields.values() or ["captions"]))}
@@ -245,14 +257,12 @@ class CaptionData:
                 self._skip(row)
                 continue
             try:
-                sample = self._sample(row)
+                sample_id, kinds, texts = self._sample(row)
             except ValueError as error:
                 self._skip(Problem(row.where, str(error)))
                 continue
-            kinds, texts = zip(*sample.captions, strict=True)
-            for column, value in zip(
-                columns, (sample.id, row.where, *(row.image or _NO_IMAGE), kinds, texts), strict=True
-            ):
+            values = (sample_id, row.where, *(row.image or _NO_IMAGE), kinds, texts)
+            for column, value in zip(columns, values, strict=True):
                 column.append(value)
             if len(columns[0]) == _BUILD_ROWS:
                 yield _record_batch(columns)
@@ -263,9 +273,9 @@ class CaptionData:
         self.problems.append(problem)
         self.num_skipped += 1
 
-    def _sample(self, row: Row) -> Sample:
-        """Check a record. Raises ValueError with a problem's reason if the row cannot be used."""
-        sample_id = _field(row.record, self._id_field)
+    def _sample(self, row: Row) -> tuple[str, list[str], list[str]]:
+        """Take id, kinds and texts out of a row. Raises ValueError with a problem's reason if it cannot be used."""
+        sample_id = read_field(row.record, self._id_field)
         sample_id = row.key if sample_id is None else sample_id
         if isinstance(sample_id, int) and not isinstance(sample_id, bool):
             sample_id = str(sample_id)
@@ -274,62 +284,29 @@ class CaptionData:
                 f"wrong shape: {self._id_field!r} must be text or a whole number, got {sample_id!r}; "
                 'fields {"id": FIELD} names another field'
             )
-        captions = []
-        for kind, text in self._captions(row.record):
-            if text and not text.isspace():
-                (kind + text).encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
-                captions.append(Caption(kind, text))
-            else:
+        kinds, texts = [], []
+        for kind, text in captions_of(row.record, self._fields):
+            if not text or text.isspace():
                 self.problems.append(Problem(f"{row.where} ({sample_id})", f"empty caption: of kind {kind!r}"))
-        if not captions:
+                continue
+            kinds.append(kind)
+            texts.append(text)
+        if not texts:
             raise ValueError(f"no caption: {sample_id!r} has none of {list(self._fields) or 'its captions'} left")
-        return Sample(sample_id, tuple(captions))
-
-    def _captions(self, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        if self._fields:
-            captions: Any = {kind: _field(record, name) for kind, name in self._fields.items()}
-        else:
-            captions = record.get("captions")
-        if isinstance(captions, list) and all(
-            isinstance(item, dict) and item.keys() >= {"kind", "text"} for item in captions
-        ):
-            captions = [(item["kind"], item["text"]) for item in captions]
-        elif isinstance(captions, dict):
-            captions = list(captions.items())
-        else:
-            raise ValueError(
-                'wrong shape: "captions" must be {"kind": "text" or ["text", ...]} or [{"kind": ..., "text": ...}], '
-                f'got {_short(captions)}; fields {{"KIND": "FIELD"}} reads captions from other fields'
-            )
-        for kind, texts in captions:
-            for text in texts if isinstance(texts, list) else [] if texts is None else [texts]:
-                if not isinstance(text, str) or not isinstance(kind, str) or not kind:
-                    raise ValueError(f"wrong shape: a caption must be text, got {_short(text)} for kind {kind!r}")
-                yield kind, text
+        try:
+            "".join([sample_id, *kinds, *texts]).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"not UTF-8: {error}") from error
+        return sample_id, kinds, texts
 
     def _drop_duplicates(self, table: pa.Table) -> pa.Table:
         """Keep the first row of each id."""
-        codes = table["id"].combine_chunks().dictionary_encode()
-        codes = _one_chunk(codes) if isinstance(codes, pa.ChunkedArray) else codes
-        numbers = np.asarray(codes.indices)  # 0, 1, 2 ... in order of appearance
+        numbers = np.asarray(_one_chunk(table["id"]).dictionary_encode().indices)  # 0, 1, 2 ... by first appearance
         highest = np.maximum.accumulate(np.concatenate([[-1], numbers]))[:-1]
         is_new = numbers > highest
         for index in np.flatnonzero(~is_new):
             self._skip(Problem(table["where"][index].as_py(), f"duplicate id: {table['id'][index].as_py()!r}"))
         return table if is_new.all() else table.filter(pa.array(is_new)).combine_chunks()
-
-
-def _field(record: Mapping[str, Any], name: str) -> Any:
-    """Look up a field; dots descend. Returns None if it is not there."""
-    value: Any = record
-    for part in [name] if name in record else name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _record_batch(columns: list[list[Any]]) -> pa.RecordBatch:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     import datasets.table
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif"})
 _TABLE_BATCH = 10_000
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how `datasets` names the files of one split
 # WebDataset (webdataset/tariterators.py `base_plus_ext`): all after the first dot of the base name is extension.
 _TAR_KEY = re.compile(r"(?P<key>(?:.*/|)[^./][^./]*)[.](?P<extension>[^/]*)", re.DOTALL)
 
@@ -60,12 +60,19 @@ class Row(NamedTuple):
     """The id if the record has none: a tar's key, a table's row number."""
 
 
-def parse_record(text: bytes) -> dict[str, Any]:
-    """Parse one JSON object. Raises ValueError with a problem's reason."""
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8. Raises ValueError with a problem's reason."""
     try:
-        record = json.loads(text.decode("utf-8-sig"))
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from error
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """Parse one JSON object. Raises ValueError with a problem's reason."""
+    text = decode_text(data)
+    try:
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -73,9 +80,41 @@ def parse_record(text: bytes) -> dict[str, Any]:
     return record
 
 
+def read_field(record: Mapping[str, Any], name: str) -> Any:
+    """Look up a field; dots descend into nested objects. Returns None if it is not there."""
+    value: Any = record
+    for part in [name] if name in record else name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def captions_of(record: Mapping[str, Any], fields: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) for each caption of a record. Raises ValueError with a problem's reason."""
+    captions: Any = {kind: read_field(record, name) for kind, name in fields.items()} or record.get("captions")
+    if isinstance(captions, dict):
+        pairs = list(captions.items())
+    elif isinstance(captions, list) and all(isinstance(c, dict) and c.keys() >= {"kind", "text"} for c in captions):
+        pairs = [(caption["kind"], caption["text"]) for caption in captions]
+    else:
+        raise ValueError(
+            'wrong shape: "captions" must be {"kind": "text" or ["text", ...]} or [{"kind": ..., "text": ...}], '
+            f'got {_shorten(captions)}; fields {{"KIND": "FIELD"}} reads captions from other fields'
+        )
+    for kind, texts in pairs:
+        for text in texts if isinstance(texts, list) else [] if texts is None else [texts]:
+            if not isinstance(text, str) or not isinstance(kind, str) or not kind:
+                raise ValueError(f"wrong shape: a caption must be text, got {_shorten(text)} for kind {kind!r}")
+            yield kind, text
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def check_relative(path: str) -> None:
     """Refuse paths that could leave the folder they are joined to. Raises ValueError with a problem's reason."""
-    if path.startswith(("/", "\\")) or ".." in path.split("/") or "\0" in path or Path(path).drive:
+    if path[0] in "/\\" or ".." in path.split("/") or "\0" in path:
         raise ValueError(f"unsafe path: {path!r} is absolute or contains '..'; give a path below the data's folder")
 
 
@@ -93,7 +132,7 @@ class ImageFolder:
         if not isinstance(path, str) or not path:
             raise ValueError(f"wrong shape: image must be a path below the data's folder, got {path!r}")
         check_relative(path)
-        directory, name = os.path.split(path)
+        directory, _, name = path.rpartition("/")
         if directory not in self._listings:
             self._listings[directory] = self._list(directory)
         is_symlink = self._listings[directory].get(name)
@@ -143,7 +182,7 @@ def read_tar(path: Path, text_members: Set[str]) -> Iterator[Row | Problem]:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             named = ((match, member) for member in tar if (match := _TAR_KEY.fullmatch(member.name)))
             for key, group in itertools.groupby(named, key=lambda pair: pair[0]["key"]):
-                members = {match["extension"].lower(): member for match, member in group}
+                members = [(match["extension"].lower(), member) for match, member in group]
                 try:
                     yield _tar_row(path.name, key, members, file.fileno(), text_members)
                 except ValueError as error:
@@ -157,12 +196,12 @@ def read_tar(path: Path, text_members: Set[str]) -> Iterator[Row | Problem]:
 
 
 def _tar_row(
-    shard: str, key: str, members: Mapping[str, tarfile.TarInfo], descriptor: int, text_members: Set[str]
+    shard: str, key: str, members: Sequence[tuple[str, tarfile.TarInfo]], descriptor: int, text_members: Set[str]
 ) -> Row:
     check_relative(key)
     record: dict[str, Any] = {}
     images: list[ImageLocation] = []
-    for extension, member in members.items():
+    for extension, member in members:
         if not member.isreg() or member.issparse():
             raise ValueError(f"unsafe path: member {member.name!r} is a link or a special file")
         if extension in IMAGE_EXTENSIONS:
@@ -170,11 +209,10 @@ def _tar_row(
         elif extension == "json":
             record |= parse_record(os.pread(descriptor, member.size, member.offset_data))
         elif extension in text_members:
-            record[extension] = os.pread(descriptor, member.size, member.offset_data).decode("utf-8")
+            record[extension] = decode_text(os.pread(descriptor, member.size, member.offset_data))
     if len(images) != 1:
-        raise ValueError(
-            f"{'two images' if images else 'missing image'}: members {sorted(members)}, expected one image"
-        )
+        kind = "several images" if images else "missing image"
+        raise ValueError(f"{kind}: expected one image, got members {[extension for extension, _ in members]}")
     return Row(f"{shard}/{key}", record, images[0], key)
 
 
@@ -184,7 +222,12 @@ def open_table(path: Path) -> datasets.table.Table:
 
     if path.is_dir() and (path / "state.json").exists():
         return datasets.Dataset.load_from_disk(str(path)).data
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    splits = {match[1] for file in files if (match := _SHARD.fullmatch(file.stem))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{path} holds the parquet files of several splits, {sorted(splits)}; put each in its own folder"
+        )
     return datasets.Dataset.from_parquet([str(file) for file in files]).data  # type: ignore[union-attr]
 
 
@@ -237,9 +280,10 @@ def _image_columns(table: pa.Table, name: str) -> tuple[pa.ChunkedArray, pa.Chun
         return no_bytes, no_paths
     column = table.column(name)
     if pa.types.is_struct(column.type) and {field.name for field in column.type} >= {"bytes", "path"}:
-        return pc.is_valid(pc.struct_field(column, "bytes")), pc.struct_field(column, "path")
+        parts = dict(zip((field.name for field in column.type), column.flatten(), strict=True))
+        return parts["bytes"].is_valid(), parts["path"]
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return pc.is_valid(column), no_paths
+        return column.is_valid(), no_paths
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return no_bytes, column
     raise ValueError(
