@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
 
@@ -289,7 +291,7 @@ class EmbeddingStore:
 
 
 def write_index(
-    path: Path, ids: Sequence[str], kinds: Sequence[str] | np.ndarray, offsets: np.ndarray, rows: np.ndarray
+    path: Path, ids: Sequence[str] | pa.Array, kinds: Sequence[str] | pa.Array, offsets: np.ndarray, rows: np.ndarray
 ) -> None:
     """Write the index of one data source.
 
@@ -300,14 +302,11 @@ def write_index(
         offsets: (num_samples + 1,), as in `CaptionRows`.
         rows: (num_captions,), as in `CaptionRows`.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     starts = pa.array(offsets, pa.int64())
     table = pa.table(
         {
-            "id": pa.array(ids, pa.large_string()),
-            "kind": pa.LargeListArray.from_arrays(starts, pa.array(kinds, pa.large_string())),
+            "id": ids,
+            "kind": pa.LargeListArray.from_arrays(starts, pa.array(kinds)),
             "row": pa.LargeListArray.from_arrays(starts, pa.array(rows)),
         }
     )
@@ -318,7 +317,5 @@ def write_index(
 
 def read_index(path: Path) -> CaptionRows:
     """Read what `write_index` wrote, without ids and kinds."""
-    import pyarrow.parquet as pq
-
     lists = pq.read_table(path, columns=["row"])["row"].combine_chunks()
     return CaptionRows(lists.offsets.to_numpy(), lists.values.to_numpy())
