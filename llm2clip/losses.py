@@ -6,8 +6,8 @@ exponentiated (the models keep its logarithm), and gradients are to be averaged 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,3 +88,33 @@ def in_batch_accuracy(image_features: torch.Tensor, text_features: torch.Tensor)
     labels = torch.arange(len(cosines), device=cosines.device)
     hits = (cosines.argmax(dim=1) == labels).float() + (cosines.argmax(dim=0) == labels).float()
     return hits.mean() / 2
+
+
+class ClipObjective:
+    """train-clip's objective: the weighted sum of `LOSSES`, and what is worth logging.
+
+    Args:
+        model: has `logit_scale` (log space), and `logit_bias` for the sigmoid loss.
+        weights: loss name -> weight.
+    """
+
+    def __init__(self, model: Any, weights: Mapping[str, float]) -> None:
+        self.model = model
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+
+    def __call__(self, outputs: Any) -> dict[str, torch.Tensor]:
+        """Named scalars of a model output with `image_embeds` and `text_embeds`; `loss` is the one to minimise."""
+        features = Features(
+            image_features=outputs.image_embeds,
+            text_features=outputs.text_embeds,
+            logit_scale=self.model.logit_scale.float().exp(),
+            logit_bias=self.model.logit_bias if "sigmoid" in self.weights else None,
+        )
+        losses = {name: LOSSES[name](features) for name in self.weights}
+        total = torch.stack([weight * losses[name] for name, weight in self.weights.items()]).sum()
+        return {
+            "loss": total,
+            **({f"{name}_loss": loss for name, loss in losses.items()} if len(losses) > 1 else {}),
+            "accuracy": in_batch_accuracy(features.image_features, features.text_features),
+            "logit_scale": self.model.logit_scale,
+        }

@@ -116,6 +116,11 @@ class TextAdapter(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, config.projection_dim)
 
+    def set_moments(self, mean: torch.Tensor, rms: float) -> None:
+        """Set what `l2_standardize` takes away and divides by: (caption_embedding_dim,) and a number."""
+        self.mean.copy_(mean)
+        self.rms.fill_(rms)
+
     def forward(self, caption_embeddings: torch.Tensor) -> torch.Tensor:
         """(batch, caption_embedding_dim) -> (batch, projection_dim), not normalised."""
         hidden_states = caption_embeddings

@@ -79,6 +79,18 @@ class ContrastiveTrainingArguments(TrainingArguments):
         return math.ceil(self.num_train_epochs * num_samples / self.global_batch_size)
 
 
+@dataclass
+class ClipTrainingArguments(ContrastiveTrainingArguments):
+    """Settings of train-clip; defaults are LLM2CLIP's `run.sh`, with the paper's 4 epochs (run.sh says 20)."""
+
+    per_device_train_batch_size: int = 512  # on 8 GPUs: 4096
+    num_train_epochs: float = 4.0
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.05
+    lr_scheduler_type: str = "cosine"  # to 0, no warm-up
+    max_grad_norm: float = 5.0
+
+
 class ContrastiveTrainer(Trainer):
     """Trainer for losses over the whole batch.
 
