@@ -15,11 +15,12 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jsonargparse
 import yaml
 
+TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 

@@ -15,11 +15,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.run_dir import RunDir, atomic_write, fingerprint
 
+TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ def load_vision_model(clip: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             "preprocessor_config.json, as train-clip writes them"
         ) from error
     model = AutoModel.from_pretrained(clip)
-    vision_model = model.vision_model if "vision_config" in type(config).sub_configs else model
+    vision_model = model.vision_model if "vision_config" in config.to_dict() else model
     return vision_model.eval(), processor
 
 
