@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2.5e-1}
 """Largest relative change of a hidden state that padding may cause by rounding."""
@@ -139,11 +141,19 @@ def check_layers(llm: nn.Module, num_hidden_layers: int) -> None:
 
 
 def add_lora(
-    llm: nn.Module, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str], num_layers: int | None
+    model: nn.Module,
+    llm: nn.Module,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    target_modules: Sequence[str],
+    num_layers: int | None,
 ) -> PeftModel:
-    """Freeze an LLM and put trainable LoRA matrices into its linear layers, in place.
+    """Freeze a model and put trainable LoRA matrices into the linear layers of its decoder, in place.
 
     Args:
+        model: the decoder, or what it is a part of.
         llm: decoder without head.
         rank: of the adapters.
         alpha: their scale is `alpha / rank`.
@@ -152,7 +162,7 @@ def add_lora(
         num_layers: only the topmost ones; None for all. No gradient is computed below them.
 
     Returns:
-        The PEFT model around `llm`.
+        The PEFT model around `model`.
 
     Raises:
         ValueError: if a target is not in the model, or it has fewer layers.
@@ -174,7 +184,16 @@ def add_lora(
         and int(match.group(1)) >= lowest
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=chosen)
-    return get_peft_model(llm, config)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by a deprecated name
+        return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+
+
+def enable_gradient_checkpointing(llm: Any, training: TrainingArguments) -> None:
+    """Do for the LLM what the Trainer would look for on the model around it, if `training` asks for it."""
+    if training.gradient_checkpointing:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        training.gradient_checkpointing = False
 
 
 def merge_adapter(llm: Any, directory: str | Path) -> Any:
@@ -210,6 +229,26 @@ def merge_adapter(llm: Any, directory: str | Path) -> Any:
         )
     set_peft_model_state_dict(model, weights)
     return model.merge_and_unload()  # type: ignore[operator]
+
+
+def save_decoder_adapter(model: PeftModel, llm: nn.Module, directory: Path) -> None:
+    """Save an adapter as if it had been put on the decoder alone, so that `merge_adapter` can use it.
+
+    Args:
+        model: what `add_lora` returned for `llm`.
+        llm: model with a head, around the decoder.
+        directory: where to write.
+    """
+    head: Any = llm
+    prefix = f"base_model.model.{head.base_model_prefix}."
+    weights = get_peft_model_state_dict(model)
+    assert all(key.startswith(prefix) for key in weights)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].save_pretrained(str(directory))
+    inner = {
+        f"base_model.model.{key.removeprefix(prefix)}": value.contiguous().cpu() for key, value in weights.items()
+    }
+    save_file(inner, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @contextmanager
