@@ -166,6 +166,11 @@ class CaptionData:
         """Whether the row names an image."""
         return bool(self._positions[index, 0] >= 0)
 
+    def describe(self, index: int) -> str:
+        """Name a row for people: its id, and its image's file if it has one of its own."""
+        file = self._files[index].as_py()
+        return f"{self.ids[index].as_py()}" + (f" ({file})" if file else "")
+
     def image_bytes(self, index: int) -> bytes:
         """Read the undecoded image of a row.
 
@@ -204,7 +209,7 @@ class CaptionData:
         try:
             return decode_image(self.image_bytes(index), min_edge=min_edge)
         except ValueError as error:
-            raise ValueError(f"image of {self.ids[index].as_py()!r} in {self.path}: {error}") from error
+            raise ValueError(f"image of {self.describe(index)} in {self.path}: {error}") from error
 
     @cached_property
     def fingerprint(self) -> str:

@@ -89,5 +89,5 @@ def _check_image(data: CaptionData, index: int) -> Problem | None:
     try:
         decode_image(data.image_bytes(index))
     except ValueError as error:
-        return Problem(data[index].id, str(error))
+        return Problem(data.describe(index), str(error))
     return None
