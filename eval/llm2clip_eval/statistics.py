@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 CHUNK = 500
-"""Resamples drawn at a time; bounds memory at CHUNK * num_images weights."""
+"""Resamples worked on at a time; bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,18 @@ def paired_bootstrap(
             raise ValueError("paired comparison of different pools: images or captions differ between the arms")
     num_captions = np.bincount(caption_image, minlength=num_images).astype(float)  # (num_images,)
 
-    rng = np.random.default_rng(seed)
     columns = np.concatenate([_per_image(target), _per_image(baseline)])  # (2 * num_models, num_images)
-    differences = np.empty(num_resamples)
-    for start in range(0, num_resamples, CHUNK):
-        count = min(CHUNK, num_resamples - start)
-        images = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=count).astype(float)
-        hits = images @ columns.T  # (count, 2 * num_models): found images and found captions of each model
+    seeds = np.random.default_rng([seed, 1])
+    differences = []
+    for images in np.split(_image_draws(num_resamples, num_images, seed), range(CHUNK, num_resamples, CHUNK)):
+        images = images.astype(float)  # (chunk, num_images)
+        hits = images @ columns.T  # (chunk, 2 * num_models): found images and found captions of each model
         captions = images @ num_captions
-        recall = 50 * (hits[:, 0::2] / num_images + hits[:, 1::2] / captions[:, None])  # (count, num_models)
-        differences[start : start + count] = _seed_mean(recall[:, : len(target)], rng) - _seed_mean(
-            recall[:, len(target) :], rng
-        )
+        recall = 50 * (hits[:, 0::2] / num_images + hits[:, 1::2] / captions[:, None])  # (chunk, num_models)
+        ours, theirs = recall[:, : len(target)], recall[:, len(target) :]
+        differences.append(_seed_mean(ours, seeds) - _seed_mean(theirs, seeds))
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(differences, [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(differences), [tail, 100 - tail])
     wins, losses = _discordant(target, baseline)
     return Comparison(
         target=_recall(target),
@@ -148,7 +147,21 @@ def _seed_mean(recall: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     num_seeds = recall.shape[1]
     if num_seeds == 1:
         return recall[:, 0]
-    return (recall * rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(recall))).mean(axis=1)
+    return (recall * _draw(rng, len(recall), num_seeds)).mean(axis=1)
+
+
+@lru_cache(maxsize=1)
+def _image_draws(num_resamples: int, num_images: int, seed: int) -> np.ndarray:
+    """The resamples of a pool's images; kept, as every comparison on a pool, and mostly the next pool, uses the same."""
+    rng = np.random.default_rng([seed, 0])
+    counts = [min(CHUNK, num_resamples - start) for start in range(0, num_resamples, CHUNK)]
+    return np.concatenate([_draw(rng, count, num_images).astype(np.uint16) for count in counts])
+
+
+def _draw(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """(count, size) how often each of `size` things comes up in `size` draws with replacement."""
+    drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
+    return np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
 
 
 def _recall(models: Sequence[QueryHits]) -> float:
