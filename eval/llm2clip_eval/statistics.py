@@ -152,7 +152,7 @@ def _seed_mean(recall: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _image_draws(num_resamples: int, num_images: int, seed: int) -> np.ndarray:
-    """The resamples of a pool's images; kept, as every comparison on a pool, and mostly the next pool, uses the same."""
+    """The resamples of a pool's images; kept, as every comparison on a pool and mostly the next pool uses the same."""
     rng = np.random.default_rng([seed, 0])
     counts = [min(CHUNK, num_resamples - start) for start in range(0, num_resamples, CHUNK)]
     return np.concatenate([_draw(rng, count, num_images).astype(np.uint16) for count in counts])
