@@ -124,7 +124,7 @@ class ClipStream(Dataset):
         num_steps: optimizer steps.
         batch_size: global batch size.
         seed: everything drawn depends on it.
-        cache_images: keep decoded images in memory (3 bytes a pixel, in every worker).
+        cache_images: keep decoded images in memory (4 bytes a pixel, in every worker).
         skipped_file: where rows with unreadable images are listed.
         max_bad_fraction: share of a source's rows that may be unreadable.
     """
@@ -151,10 +151,16 @@ class ClipStream(Dataset):
         self.max_bad_fraction = max_bad_fraction
         self._counts = mixing_counts(np.array(weights, float), np.array(final_weights, float), num_steps, batch_size)
         self._drawn_before = np.cumsum(self._counts, axis=0) - self._counts  # (num_steps, num_sources)
-        self._cache: dict[tuple[int, int], np.ndarray] | None = {} if cache_images else None
+        self._cache: dict[tuple[int, int], Image.Image] | None = {} if cache_images else None
         self._bad: list[set[int]] = [set() for _ in self.sources]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What every process makes for itself."""
         self._batch = lru_cache(maxsize=8)(self._batch_order)
         self._permutation = lru_cache(maxsize=2 * len(self.sources))(self._epoch_order)
+        self._philox = np.random.Philox(key=[self.seed, 0])
+        self._philox_start = self._philox.state
 
     def __len__(self) -> int:
         return len(self._counts) * self.batch_size
@@ -169,7 +175,7 @@ class ClipStream(Dataset):
             ValueError: if too many images cannot be read.
         """
         source, row = self.locate(position)
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
+        rng = self._rng(position)
         for _ in range(NUM_REPLACEMENTS):
             image = self._load_image(source, row)
             if image is not None:
@@ -196,6 +202,12 @@ class ClipStream(Dataset):
         epoch, place = divmod(int(ordinals[place]), len(self.sources[source]))
         return source, int(self.sources[source].usable[self._permutation(source, epoch)[place]])
 
+    def _rng(self, position: int) -> np.random.Generator:
+        """Generator keyed by (seed, position); a counter-based one is put there in 2 us, a new one would take 40."""
+        self._philox_start["state"]["key"][1] = position
+        self._philox.state = self._philox_start
+        return np.random.Generator(self._philox)
+
     def _batch_order(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of every place of a global batch, and how often that source was drawn before in the whole run."""
         labels = np.repeat(np.arange(len(self.sources)), self._counts[step])
@@ -216,7 +228,7 @@ class ClipStream(Dataset):
         if row in self._bad[source]:
             return None
         if self._cache is not None and (source, row) in self._cache:
-            return Image.fromarray(self._cache[source, row])
+            return self._cache[source, row]
         data = self.sources[source].data
         try:
             image = data.load_image(row, min_edge=self.transform.min_edge)
@@ -224,7 +236,7 @@ class ClipStream(Dataset):
             self._skip(source, row, str(error))
             return None
         if self._cache is not None:
-            self._cache[source, row] = np.asarray(image)
+            self._cache[source, row] = image
         return image
 
     def _skip(self, source: int, row: int, reason: str) -> None:
@@ -241,12 +253,11 @@ class ClipStream(Dataset):
             )
 
     def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned
-        return {name: value for name, value in vars(self).items() if name not in ("_batch", "_permutation")}
+        return {name: value for name, value in vars(self).items() if name not in ("_batch", "_permutation", "_philox")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._batch = lru_cache(maxsize=8)(self._batch_order)
-        self._permutation = lru_cache(maxsize=2 * len(self.sources))(self._epoch_order)
+        self._prepare()
 
 
 class EmbeddingCollator:

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 from llm2clip.run_dir import atomic_write
 
@@ -149,6 +150,7 @@ class ContrastiveTrainer(Trainer):
         self._window_start = time.perf_counter()
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
+            disable_progress_bar()  # else every checkpoint shows one
         else:
             self.remove_callback(ProgressCallback)
             self.add_callback(_ProgressBar)
