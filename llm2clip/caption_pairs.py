@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.caption_data import CaptionData
+from llm2clip.caption_data import CaptionData, Sample
 from llm2clip.caption_sources import Problem
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class CaptionPairs:
         pairs = [(query, positive) for query in queries for positive in positives if query != positive]
         query, positive = pairs[rng.integers(len(pairs))]
         negative, negative_group = self._negative(row, kind, rng) if self.has_negatives else (None, "")
-        return PairExample(query, positive, negative, kind.instruction, sample.id, negative_group)
+        return PairExample(query, positive, negative, kind.instruction, _group(sample), negative_group)
 
     def _negative(self, row: int, kind: PairKind, rng: np.random.Generator) -> tuple[str, str]:
         rows = self._rows_of_kind[kind.positive]
@@ -150,7 +150,7 @@ class CaptionPairs:
             other = int(rows[rng.integers(len(rows))])
         sample = self.data[other]
         texts = [caption.text for caption in sample.captions if kind.positive in (ANY, caption.kind)]
-        return texts[rng.integers(len(texts))], sample.id
+        return texts[rng.integers(len(texts))], _group(sample)
 
     def _is_kind(self, name: str) -> np.ndarray:
         codes = self.data.kind_codes
@@ -302,6 +302,11 @@ def source_weights(sources: Sequence[CaptionSource | TextSource], sizes: Sequenc
 def text_key(text: str) -> int:
     """A 63-bit number that stands for a text, never 0."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1 or 1
+
+
+def _group(sample: Sample) -> str:
+    """What stands for an image. Not its id: images with the very same captions can't be told apart by captions."""
+    return "\n".join(sorted({caption.text for caption in sample.captions}))
 
 
 def _text_pair(line: bytes) -> Mapping[str, str | None]:

@@ -184,9 +184,7 @@ def add_lora(
         and int(match.group(1)) >= lowest
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=chosen)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by a deprecated name
-        return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+    return _with_adapter(model, config)
 
 
 def enable_gradient_checkpointing(llm: Any, training: TrainingArguments) -> None:
@@ -218,7 +216,7 @@ def merge_adapter(llm: Any, directory: str | Path) -> Any:
         weights = load_peft_weights(str(directory), device="cpu")
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model.adapters: no PEFT adapter at {directory}: {error}") from error
-    model = get_peft_model(llm, config)
+    model = _with_adapter(llm, config)
     expected = set(get_peft_model_state_dict(model))
     if set(weights) != expected:
         unexpected, missing = sorted(set(weights) - expected), sorted(expected - set(weights))
@@ -259,6 +257,12 @@ def _errors_only() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def _with_adapter(model: Any, config: PeftConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by a deprecated name
+        return get_peft_model(model, config)  # type: ignore[return-value]
 
 
 def _is_linear(module: nn.Module) -> bool:
