@@ -113,6 +113,7 @@ class CaptionData:
         kinds = _one_chunk(table["kinds"]).values.dictionary_encode()
         self.kind_names: list[str] = kinds.dictionary.to_pylist()
         self.kind_codes: np.ndarray = np.asarray(kinds.indices)
+        pa.default_memory_pool().release_unused()  # as much again as the captions, left over from building
         unseen = set(self._fields) - set(self.kind_names)
         if len(self) and unseen:
             raise ValueError(

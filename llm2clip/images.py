@@ -31,7 +31,10 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485
 
 # Formats whose decoders run in-process: EPS, for one, would start Ghostscript on bytes from strangers.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+Image.init()
+_FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
+)
 # What Pillow's decoders raise on damaged files (SyntaxError: PNG; RuntimeError: AVIF; TypeError: TIFF).
 _DECODE_ERRORS = (
     OSError,

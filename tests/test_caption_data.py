@@ -165,6 +165,8 @@ def test_fingerprint_follows_ids_kinds_texts_and_order(tmp_path: Path) -> None:
         fingerprint(("a", {"raw": ["xy"]}), b),
         fingerprint(("a", {"raw": ["x"]}), ("b", {"raw": ["y", "z"]})),
         fingerprint(("a", {"raw": ["x", "y"]}), ("b", {"long": ["z"]})),
+        fingerprint(("a", {"raw": ["x"], "long": ["y"]}), ("b", {"raw": ["z"]})),
+        fingerprint(("a", {"raw": ["x"], "long": ["y"]}), ("b", {"long": ["z"]})),
         fingerprint(a),
     ]
     assert len(set(variants)) == len(variants)

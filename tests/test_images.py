@@ -99,7 +99,7 @@ def test_transparent_colour_is_put_on_white(mode: str) -> None:
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
 def test_16_bit_is_scaled(image_format: str) -> None:
-    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    values = np.array([[0, 200, 128 * 257, 65535]], np.uint16)  # 200 / 257 rounds to 1
     image = decode_image(encode(Image.fromarray(values), image_format))
     assert [image.getpixel((x, 0)) for x in range(4)] == [BLACK, (1, 1, 1), (128, 128, 128), WHITE]
 
@@ -317,7 +317,7 @@ def test_scale_one_trains_on_what_evaluation_sees() -> None:
 
 def test_random_boxes_are_drawn_as_torchvision_does() -> None:
     transforms = pytest.importorskip("torchvision.transforms")
-    width, height, scale, ratio = 200, 120, (0.2, 1.0), (3 / 4, 4 / 3)
+    width, height, scale, ratio = 200, 180, (0.2, 1.0), (3 / 4, 4 / 3)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     image = Image.new("RGB", (width, height))
@@ -326,6 +326,8 @@ def test_random_boxes_are_drawn_as_torchvision_does() -> None:
     theirs = theirs[:, [1, 0, 3, 2]]  # top, left, height, width
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= width).all() and (ours[:, 1] + ours[:, 3] <= height).all()
+    areas = [boxes[:, 2:].prod(axis=1).mean() / (width * height) for boxes in (ours, theirs)]
+    assert abs(areas[0] - areas[1]) < 0.015  # standard error 0.004
     # Standard error of a mean is about 0.6 pixels here.
     np.testing.assert_allclose(ours.mean(axis=0), theirs.mean(axis=0), atol=2.5)
     np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), atol=2.5)
