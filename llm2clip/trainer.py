@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -267,6 +267,7 @@ class ContrastiveTrainer(Trainer):
         if self.is_world_process_zero():
             for name in ("metrics.jsonl", "speed.jsonl"):
                 _truncate(self.run_dir / name, step)
+        set_seed(self.args.seed)  # a checkpoint brings its own state; a start over must not depend on what came before
         return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def remove_checkpoints(self) -> None:
