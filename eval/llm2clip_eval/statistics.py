@@ -40,9 +40,9 @@ class QueryHits:
 class Comparison:
     """The difference between two arms in percentage points, target minus baseline."""
 
-    target: float
+    target_recall: float
     """Recall of the target in percent: mean of both directions, mean over its seeds."""
-    baseline: float
+    baseline_recall: float
     low: float
     """Lower end of the interval of the difference."""
     high: float
@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        return self.target - self.baseline
+        return self.target_recall - self.baseline_recall
 
     @property
     def verdict(self) -> str:
@@ -106,8 +106,8 @@ def paired_bootstrap(
     low, high = np.percentile(np.concatenate(differences), [tail, 100 - tail])
     wins, losses = _discordant(target, baseline)
     return Comparison(
-        target=_recall(target),
-        baseline=_recall(baseline),
+        target_recall=_recall(target),
+        baseline_recall=_recall(baseline),
         low=float(low),
         high=float(high),
         confidence=confidence,
@@ -120,18 +120,21 @@ def paired_bootstrap(
 
 
 def statement(comparison: Comparison, target: str, baseline: str, metric: str = "R@1") -> str:
-    """Say what a comparison shows, in one sentence or two."""
-    interval = f"{100 * comparison.confidence:g} % interval {comparison.low:+.1f} to {comparison.high:+.1f}"
-    scores = f"{metric} {comparison.target:.1f} against {comparison.baseline:.1f}"
-    size = f"{abs(comparison.difference):.1f} points"
-    if comparison.verdict == "undecided":
-        if comparison.difference == 0 and comparison.low == comparison.high:
-            return f"{target} and {baseline} find exactly the same ({scores})."
-        lead = target if comparison.difference > 0 else baseline
-        ahead = f"{lead} is ahead by {size}" if comparison.difference else "there is no difference"
-        return f"No difference shown between {target} and {baseline}: {ahead} ({scores}), {interval} includes zero."
-    winner, loser = (target, baseline) if comparison.verdict == "better" else (baseline, target)
-    return f"{winner} is better than {loser} by {size} ({scores}), {interval} excludes zero."
+    """Say what a comparison shows, in one sentence."""
+    scores = f"{metric} {comparison.target_recall:.1f} against {comparison.baseline_recall:.1f}"
+    interval = f"{100 * comparison.confidence:g} % interval {signed(comparison.low)} to {signed(comparison.high)}"
+    if comparison.verdict != "undecided":
+        size = f"{abs(comparison.difference):.1f} points"
+        return f"{target} is {comparison.verdict} than {baseline} by {size} ({scores}; {interval}, excludes zero)."
+    if comparison.low == comparison.high == 0:
+        return f"{target} and {baseline} find exactly the same ({scores})."
+    difference = f"{signed(comparison.difference)} points"
+    return f"No difference shown between {target} and {baseline}: {difference} ({scores}; {interval}, includes zero)."
+
+
+def signed(points: float) -> str:
+    """A difference with one decimal, its sign always there: +1.5 or −1.5."""
+    return f"{points:+.1f}".replace("-", "−")
 
 
 def _per_image(models: Sequence[QueryHits]) -> np.ndarray:
