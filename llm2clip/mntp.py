@@ -126,9 +126,7 @@ def tokenize_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, bl
     tokens = np.concatenate([np.asarray(piece, np.int64) for piece in pieces]) if pieces else np.empty(0, np.int64)
     num_blocks = len(tokens) // block_size
     if not num_blocks:
-        raise ValueError(
-            f"mntp: {len(tokens)} tokens of text are less than one block of {block_size} (mntp.block_size)"
-        )
+        raise ValueError(f"mntp.block_size is {block_size}, but all texts together have only {len(tokens)} tokens")
     return tokens[: num_blocks * block_size].reshape(num_blocks, block_size)
 
 
