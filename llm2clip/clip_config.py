@@ -56,6 +56,8 @@ class ClipModelConfig:
     """Vision tower, CLIP or LLM2CLIP directory (or hub id) to start from; None: from scratch."""
     vision_config: dict[str, Any] = field(default_factory=dict)
     """From scratch: fields of CLIPVisionConfig, or of another vision model with its model_type."""
+    patch_init: Literal["random", "pca"] = "random"
+    """From scratch, a CLIP vision model: random patch filters, or the principal components of the training images."""
     text_config: dict[str, Any] = field(default_factory=dict)
     """From scratch, text: clip: fields of CLIPTextConfig."""
     tokenizer: str | None = None
@@ -150,6 +152,8 @@ def _model_problems(model: ClipModelConfig, embeddings: Path | None) -> list[str
                 problems.append(
                     f"model.{name} is for training from scratch; with model.init_from it is taken from there"
                 )
+        if model.patch_init != "random":
+            problems.append(f"model.patch_init {model.patch_init} would overwrite the filters of model.init_from")
     elif model.text == "clip" and model.tokenizer is None:
         problems.append("model.tokenizer is missing; model.text: clip from scratch needs the directory of a tokenizer")
     if model.text == "adapter" and (model.text_config or (model.tokenizer and model.init_from is None)):

@@ -39,6 +39,7 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
 )
+NUM_PCA_IMAGES = 1000
 MAX_MOMENT_CAPTIONS = 65_536  # the mean of 65k unit vectors is known to 0.4 % of their spread
 
 
@@ -91,11 +92,13 @@ def run(call: StageCall[TrainClipConfig]) -> None:
 
 
 def _train(call: StageCall[TrainClipConfig], data: Sequence[CaptionData], run_dir: RunDir) -> None:
+    import torch
     from transformers import set_seed
 
     from llm2clip import clip_init
     from llm2clip.clip_dataset import ClipStream, EmbeddingCollator, TextCollator
     from llm2clip.losses import ClipObjective
+    from llm2clip.patch_pca import init_patch_embedding
     from llm2clip.trainer import ClampLogitScale, ClipTrainingArguments, ContrastiveTrainer
 
     config, args = call.config, call.training
@@ -122,6 +125,9 @@ def _train(call: StageCall[TrainClipConfig], data: Sequence[CaptionData], run_di
         skipped_file=run_dir.path / "skipped.jsonl",
         max_bad_fraction=config.data.max_bad_fraction,
     )
+    if config.model.patch_init == "pca":
+        positions = range(0, len(stream), math.ceil(len(stream) / NUM_PCA_IMAGES))
+        init_patch_embedding(model, torch.stack([stream[i]["pixel_values"] for i in positions]))
     if store is not None:
         collator = EmbeddingCollator(store)
     else:
