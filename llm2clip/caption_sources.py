@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -228,6 +229,8 @@ def open_table(path: Path) -> datasets.table.Table:
         raise ValueError(
             f"{path} holds the parquet files of several splits, {sorted(splits)}; put each in its own folder"
         )
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     return datasets.Dataset.from_parquet([str(file) for file in files]).data  # type: ignore[union-attr]
 
 

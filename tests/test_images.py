@@ -326,8 +326,10 @@ def test_random_boxes_are_drawn_as_torchvision_does() -> None:
     theirs = theirs[:, [1, 0, 3, 2]]  # top, left, height, width
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= width).all() and (ours[:, 1] + ours[:, 3] <= height).all()
-    areas = [boxes[:, 2:].prod(axis=1).mean() / (width * height) for boxes in (ours, theirs)]
-    assert abs(areas[0] - areas[1]) < 0.015  # standard error 0.004
+    areas = [
+        np.quantile(boxes[:, 2:].prod(axis=1), (0, 0.05, 0.5, 0.95, 1)) / (width * height) for boxes in (ours, theirs)
+    ]
+    np.testing.assert_allclose(*areas, atol=0.03)
     # Standard error of a mean is about 0.6 pixels here.
     np.testing.assert_allclose(ours.mean(axis=0), theirs.mean(axis=0), atol=2.5)
     np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), atol=2.5)
