@@ -139,7 +139,7 @@ def settings(tmp_path, pools) -> dict[str, Any]:
                 "clip": [str(write_training(tmp_path / "c-continued", 2e-3))],
             },
         },
-        "comparisons": [{"target": "llm2clip", "baselines": ["continued", "vanilla"]}],
+        "comparisons": {"Equal data, equal steps": {"target": "llm2clip", "baselines": ["continued", "vanilla"]}},
         "headline": ["concepts/long"],
         "headline_rule": "Written down before the run.",
         "pools": {"seen": "what was seen", "concepts": HOSTILE},
@@ -207,7 +207,7 @@ def test_an_arm_against_itself_is_exactly_zero(settings, tmp_path, pools):
         record = json.loads((tmp_path / "r-continued" / "results" / file.name).read_text())
         file.write_text(json.dumps(record))
     settings["arms"]["twin"] = {"results": [str(twin)]}
-    settings["comparisons"] = [{"target": "twin", "baselines": ["continued"]}]
+    settings["comparisons"] = {"The same": {"target": "twin", "baselines": ["continued"]}}
     found = json.loads((make_report(settings) / "summary.json").read_text())["comparisons"]
     assert {(c["difference"], c["low"], c["high"]) for c in found} == {(0.0, 0.0, 0.0)}
 
@@ -319,7 +319,7 @@ def test_pictures_of_a_pool_that_changed_are_refused(settings, pools):
 
 
 def test_mistakes_in_the_configuration_are_told_all_at_once(settings):
-    settings["comparisons"][0]["target"] = "nobody"
+    settings["comparisons"]["Equal data, equal steps"]["target"] = "nobody"
     settings["headline"] = ["concepts"]
     settings["arms"]["continued"]["clip"] *= 2
     with pytest.raises(ValueError) as error:
@@ -327,7 +327,7 @@ def test_mistakes_in_the_configuration_are_told_all_at_once(settings):
     for part in ("no arm 'nobody'", "not of the form pool/kind", "2 clip runs for 1 results"):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="headline: no results for concepts/missing; there are .*concepts/long"):
-        settings["comparisons"][0]["target"] = "llm2clip"
+        settings["comparisons"]["Equal data, equal steps"]["target"] = "llm2clip"
         settings["arms"]["continued"]["clip"].pop()
         make_report({**settings, "headline": ["concepts/missing"]})
 

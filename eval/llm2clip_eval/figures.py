@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from llm2clip.run_dir import atomic_write
 
-WIDTH = 5.2
-"""Inches; 500 px in a browser, at most scaled to three quarters on a phone."""
+WIDTH = 4.3
+"""Inches; about 410 px in a browser, scaled to three quarters on a phone."""
 PALETTE = ("#0072B2", "#E69F00", "#8C8C8C", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#444444")
 """Okabe & Ito 2008: told apart with any kind of colour vision."""
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "undecided": "#8C8C8C"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "none",  # text stays text: any script, any resolution
     "svg.hashsalt": "llm2clip",  # same input, same file
@@ -73,16 +73,20 @@ def draw_headline(report: Mapping[str, Any], colours: Mapping[str, str]) -> Figu
     groups = report["headline"]
     figure, axes = _axes(0.55 + len(groups) * (0.3 + 0.27 * len(arms)))
     longest = max(arm.recall(key, "mean") for arm in arms for key in groups)
+    rows = []
     for group, key in enumerate(groups):
         top = group * (len(arms) + 1.1)
         axes.text(0, top - 0.85, _name(key), weight="bold", va="center")
         for row, arm in enumerate(arms):
             value = arm.recall(key, "mean")
             axes.barh(top + row, value, height=0.82, color=colours[arm.label])
-            axes.text(value + longest * 0.01, top + row, f"{value:.1f}  {arm.label}", va="center", color="#333333")
+            axes.text(value + longest * 0.015, top + row, f"{value:.1f}", va="center", color="#333333")
+            rows.append(top + row)
         axes.plot([report["pools"][key].chance] * 2, [top - 0.5, top + len(arms) - 0.5], color="#333333", lw=1, ls=":")
-    axes.set(ylim=(len(groups) * (len(arms) + 1.1) - 1.3, -1.4), xlim=(0, max(longest, 1) * 1.45), yticks=[])
-    axes.set_xlabel("R@1, mean of both directions (%); dotted: chance")
+    axes.set(ylim=(len(groups) * (len(arms) + 1.1) - 1.3, -1.4), xlim=(0, max(longest, 1) * 1.15))
+    axes.set_yticks(rows, [arm.label for arm in arms] * len(groups))
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("mean R@1 (%); dotted: chance")
     axes.spines["left"].set_visible(False)
     return figure
 
@@ -105,7 +109,7 @@ def draw_forest(comparison: Mapping[str, Any], headline: Sequence[tuple[str, str
     axes.set(ylim=(len(keys) - 0.4, -0.6))
     axes.set_yticks(range(len(keys)), [_name(key) for key in keys])
     for label, key in zip(axes.get_yticklabels(), keys, strict=True):
-        label.set_weight("bold" if key in headline else "normal")
+        label.set(fontweight="bold" if key in headline else "normal")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"R@1 of {comparison['target'].label}\nminus {comparison['baseline'].label} (points)")
     return figure

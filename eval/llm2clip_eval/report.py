@@ -42,8 +42,6 @@ class ComparisonConfig:
     """Arm whose gain is asked for."""
     baselines: list[str]
     """Arms it is set against."""
-    title: str = "Equal data, equal steps"
-    """Under what condition they are comparable."""
 
 
 @dataclass(kw_only=True)
@@ -52,8 +50,8 @@ class ReportConfig(StageConfig):
 
     arms: dict[str, ArmConfig]
     """Models by name, in the order of the tables."""
-    comparisons: list[ComparisonConfig]
-    """What is set against what."""
+    comparisons: dict[str, ComparisonConfig]
+    """What is set against what; the key says in what they are alike, such as: equal data, equal steps."""
     headline: list[str]
     """The results that were chosen before the run to stand for all: pool/kind, such as concepts/long."""
     headline_rule: str = ""
@@ -86,10 +84,10 @@ class ReportConfig(StageConfig):
                 problems.append(f"arms.{name}.results: at least one directory of llm2clip-eval retrieval is needed")
             if arm.clip and len(arm.clip) != len(arm.results):
                 problems.append(f"arms.{name}: {len(arm.clip)} clip runs for {len(arm.results)} results")
-        for number, comparison in enumerate(self.comparisons):
+        for title, comparison in self.comparisons.items():
             for name in (comparison.target, *comparison.baselines):
                 if name not in self.arms:
-                    problems.append(f"comparisons.{number}: no arm {name!r}; there are {', '.join(self.arms)}")
+                    problems.append(f"comparisons.{title}: no arm {name!r}; there are {', '.join(self.arms)}")
         problems += [f"headline: {key!r} is not of the form pool/kind" for key in self.headline if key.count("/") != 1]
         if not self.arms:
             problems.append("arms: at least one is needed")
@@ -157,13 +155,13 @@ def collect(config: ReportConfig) -> dict[str, Any]:
         raise ValueError(f"headline: no results for {', '.join('/'.join(key) for key in missing)}; there are {there}")
     bootstrap = {"num_resamples": config.num_resamples, "confidence": config.confidence, "seed": config.seed}
     comparisons = []
-    for comparison in config.comparisons:
+    for title, comparison in config.comparisons.items():
         for name in comparison.baselines:
             target, baseline = arms[comparison.target], arms[name]
             runs = config.arms[comparison.target].clip, config.arms[name].clip
             comparisons.append(
                 {
-                    "title": comparison.title,
+                    "title": title,
                     "target": target,
                     "baseline": baseline,
                     "differences": {key: data.compare(target, baseline, key, **bootstrap) for key in keys},
