@@ -172,6 +172,7 @@ class TextPairs:
     """Rows of a text-pair file.
 
     Attributes:
+        path: What was opened.
         problems: What was skipped, in file order.
     """
 
@@ -184,6 +185,7 @@ class TextPairs:
         """
         if not source.path.is_file():
             raise FileNotFoundError(f"texts.path: {source.path} does not exist; expected a JSONL file of text pairs")
+        self.path = source.path
         self.problems: list[Problem] = []
         self._instructions = source.instructions or [""]
         columns: dict[str, list[str | None]] = {"query": [], "positive": [], "negative": []}

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from llm2clip.caption_loss import PairFeatures, caption_loss
 from llm2clip.caption_pairs import PairExample, PairSource, PairStream, text_key
-from llm2clip.llm import add_lora, enable_gradient_checkpointing
+from llm2clip.llm import add_lora
 from llm2clip.teacher import CaptionEncoder, CaptionTokenizer
 from llm2clip.trainer import ContrastiveTrainer, ContrastiveTrainingArguments
 
@@ -103,6 +103,14 @@ class PairModel(nn.Module):
             negative_groups=keys[4],
         )
 
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Pass on what the Trainer asks for."""
+        self.encoder.llm.activation_checkpointing_enable(**settings)
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """The same, as older versions of transformers spell it."""
+        self.encoder.llm.gradient_checkpointing_enable(**settings)
+
 
 def tune_encoder(
     encoder: CaptionEncoder,
@@ -141,7 +149,6 @@ def tune_encoder(
     )
     set_seed(training.seed)  # LoRA starts from random numbers
     model = add_lora(PairModel(encoder), encoder.llm, **lora)
-    enable_gradient_checkpointing(encoder.llm, training)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info(
         "%s rows, %d steps of %d pairs; %d of %d layers, %.2f M LoRA parameters",

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2.5e-1}
 """Largest relative change of a hidden state that padding may cause by rounding."""
@@ -185,13 +185,6 @@ def add_lora(
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=chosen)
     return _with_adapter(model, config)
-
-
-def enable_gradient_checkpointing(llm: Any, training: TrainingArguments) -> None:
-    """Do for the LLM what the Trainer would look for on the model around it, if `training` asks for it."""
-    if training.gradient_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        training.gradient_checkpointing = False
 
 
 def merge_adapter(llm: Any, directory: str | Path) -> Any:

@@ -189,7 +189,7 @@ def train_mntp(
         return json.loads(record.read_text(encoding="utf-8"))
     from transformers import AutoModelForCausalLM, set_seed
 
-    from llm2clip.llm import add_lora, enable_gradient_checkpointing, load_llm, merge_adapter, save_decoder_adapter
+    from llm2clip.llm import add_lora, load_llm, merge_adapter, save_decoder_adapter
     from llm2clip.trainer import ContrastiveTrainer
 
     llm, tokenizer = load_llm(AutoModelForCausalLM, **load)
@@ -219,7 +219,6 @@ def train_mntp(
     logger.info("mntp: %d blocks of %d tokens, %d steps", len(tokens), config.block_size, args.max_steps)
     set_seed(args.seed)  # LoRA starts from random numbers
     model = add_lora(llm, llm.base_model, **lora)
-    enable_gradient_checkpointing(llm, args)
     output_dir.mkdir(parents=True, exist_ok=True)
     trainer = ContrastiveTrainer(
         model=model,
