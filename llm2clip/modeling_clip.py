@@ -77,11 +77,13 @@ class LLM2CLIPOutput(ModelOutput):
         image_embeds: (batch, projection_dim), L2-normalised.
         text_embeds: (batch, projection_dim), L2-normalised.
         logit_scale: scalar, in log space.
+        logit_bias: scalar, or None.
     """
 
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
 
 
 class AdapterBlock(nn.Module):
@@ -205,7 +207,9 @@ class LLM2CLIPModel(PreTrainedModel):
         return LLM2CLIPOutput(
             image_embeds=self.get_image_features(pixel_values),
             text_embeds=self.get_text_features(caption_embeddings),
-            logit_scale=self.logit_scale,
+            # not the parameters themselves: DDP looks for what is used in the graph behind the outputs
+            logit_scale=self.logit_scale.clone(),
+            logit_bias=None if self.logit_bias is None else self.logit_bias.clone(),
         )
 
 

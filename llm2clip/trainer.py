@@ -45,6 +45,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
     logging_steps: float = 10
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
+    ddp_find_unused_parameters: bool | None = False  # true for towers that do not use all they have (DINOv2's mask)
 
     def __post_init__(self) -> None:
         if self.disable_tqdm is None:
