@@ -21,15 +21,13 @@ from llm2clip.demo import packages
 from llm2clip.run_dir import RunDir, atomic_write, fingerprint
 
 if TYPE_CHECKING:
-    from llm2clip.demo.concepts import Concept
-    from llm2clip.demo.pools import Item
+    from llm2clip.demo.concepts import Concept, Split
+    from llm2clip.demo.recipe import Item
     from llm2clip.demo.scenes import Drawings
 
 logger = logging.getLogger(__name__)
 
 OWN_PACKAGES = ("openmoji", "emoji", "fluent", "twemoji", "noto", "cldr")
-SVG_MARGIN = 1.2
-"""Drawings are rendered this much larger than the picture: their transparent margins are cut off."""
 PARALLEL_FROM = 2000
 """Fewer tasks than this are not worth starting processes for."""
 
@@ -46,8 +44,14 @@ class DemoConfig(packages.PackageConfig):
     """Pictures of each training scene: other styles, places and background under the same captions."""
     num_singles: int = 12000
     """Training pictures of one concept each."""
-    num_pool_scenes: int = 500
-    """Scenes in each pool of val and of test."""
+    num_raw_captions: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of raw captions that a training scene may have, equally likely."""
+    num_long_captions: list[int] = field(default_factory=lambda: [2, 3])
+    """Numbers of long captions that a training scene may have, equally likely."""
+    num_val_scenes: int = 500
+    """Scenes in each pool of val."""
+    num_test_scenes: int = 500
+    """Scenes in each pool of test."""
     image_size: int = 96
     """Side of the pictures in pixels."""
     grid: Literal[2, 3] = 3
@@ -62,13 +66,26 @@ class DemoConfig(packages.PackageConfig):
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {getattr(self, name)}, expected at least {least}"
-            for name, least in (("num_scenes", 1), ("num_renderings", 1), ("num_singles", 0), ("num_pool_scenes", 1))
+            for name, least in (
+                ("num_scenes", 1),
+                ("num_renderings", 1),
+                ("num_singles", 0),
+                ("num_val_scenes", 1),
+                ("num_test_scenes", 1),
+            )
             if getattr(self, name) < least
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}, expected numbers of at least 1"
+            for name in ("num_raw_captions", "num_long_captions")
+            if min(getattr(self, name), default=0) < 1
         ]
         if self.num_concepts is not None and self.num_concepts < 20:
             problems.append(f"num_concepts is {self.num_concepts}, expected at least 20: each split needs some")
         if self.image_size < 16 * self.grid:
-            problems.append(f"image_size is {self.image_size}, expected at least 16 pixels for each of {self.grid} cells")
+            problems.append(
+                f"image_size is {self.image_size}, expected at least 16 pixels for each of {self.grid} cells"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -101,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _build(config: DemoConfig, folder: Path) -> dict[str, Any]:
-    from llm2clip.demo import pools, sheet, styles
+    from llm2clip.demo import pools, sheet, styles, training
     from llm2clip.demo.concepts import load_concepts
+    from llm2clip.demo.recipe import Recipe
 
     start = time.monotonic()
     asked = packages.wanted(config, OWN_PACKAGES)
@@ -111,25 +129,30 @@ def _build(config: DemoConfig, folder: Path) -> dict[str, Any]:
     concepts = load_concepts(found, config.languages, config.num_concepts)
     drawings = _draw(config, found, concepts)
     has_held_out = styles.HELD_OUT_STYLE in found
-    recipe = pools.Recipe(
+    recipe = Recipe(
         concepts=concepts,
         seed=config.seed,
         grid=config.grid,
         styles=tuple(style for style in styles.TRAINING_STYLES if style in found),
         held_out_style=styles.HELD_OUT_STYLE if has_held_out else None,
+        num_raw=config.num_raw_captions,
+        num_long=config.num_long_captions,
         has_held_out_style=lambda concept: styles.HELD_OUT_STYLE in drawings.styles_of(concept),
     )
-    logger.info("data demo: %d concepts in %d styles, %.1f s", len(concepts), len(drawings.styles), time.monotonic() - start)
+    logger.info(
+        "data demo: %d concepts in %d styles, %.1f s", len(concepts), len(drawings.styles), time.monotonic() - start
+    )
     parts: dict[str, list[Item]] = {
-        "train/scenes": list(pools.training_scenes(recipe, config.num_scenes, config.num_renderings)),
-        "train/singles": list(pools.training_singles(recipe, config.num_singles)),
+        "train/scenes": list(training.training_scenes(recipe, config.num_scenes, config.num_renderings)),
+        "train/singles": list(training.training_singles(recipe, config.num_singles)),
     }
-    for split in ("val", "test"):
-        for name, items in pools.pools(recipe, split, config.num_pool_scenes, config.languages):
+    sizes: dict[Split, int] = {"val": config.num_val_scenes, "test": config.num_test_scenes}
+    for split, size in sizes.items():
+        for name, items in pools.pools(recipe, split, size, config.languages):
             parts[f"pools/{split}/{name}"] = items
     logger.info("data demo: captions written, %.1f s", time.monotonic() - start)
     _write_captions(folder, parts)
-    pairs = pools.text_pairs(recipe)
+    pairs = training.text_pairs(recipe)
     atomic_write(folder / "train" / "text_pairs.jsonl", _jsonl(pairs))
     _write_images(folder, parts, drawings, config.seed)
     logger.info("data demo: %d pictures, %.1f s", sum(map(len, parts.values())), time.monotonic() - start)
@@ -149,9 +172,8 @@ def _draw(config: DemoConfig, found: Mapping[str, packages.Fetched], concepts: S
         if style in found:
             svgs = styles.read_svgs(style, found[style], concepts)
             wanted += [(style, key, svg) for key, svg in svgs.items()]
-    size = round(config.image_size * SVG_MARGIN)
     images: dict[str, dict[str, Any]] = {}
-    drawn = _in_parallel(lambda index: draw_svg(wanted[index][2], size), len(wanted))
+    drawn = _in_parallel(lambda index: draw_svg(wanted[index][2], config.image_size), len(wanted))
     for (style, key, _), image in zip(wanted, drawn, strict=True):
         images.setdefault(style, {})[key] = image
     if missing := sorted({concept.key for concept in concepts} - set(images["openmoji"])):

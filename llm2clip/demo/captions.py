@@ -19,6 +19,7 @@ from llm2clip.demo.wording import (
     plural,
     relation,
     takes_article,
+    verb,
     with_article,
 )
 
@@ -81,7 +82,7 @@ def short_caption(groups: Sequence[Group], phrases: Sequence[str], rng: Random) 
         ("{}.", "A picture of {}.", "{} in one picture.", "A drawing with {}.", "This shows {}.", "You see {}.",
          "A simple scene with {}.", "There is {} here.", "An illustration of {}.", "{}, drawn on a flat background.")
     )  # fmt: skip
-    if template.startswith("There is") and order[0][0].count > 1:
+    if template.startswith("There is") and (order[0][0].count > 1 or verb(order[0][1], "is", "are") == "are"):
         template = "There are {} here."
     return capitalise(template.format(listed))
 
@@ -101,18 +102,21 @@ def single_long_caption(concept: Concept, phrase: str, cell: Cell | None, grid: 
     """A sentence or two about one drawing: enlarged, or at the size of a scene's object in a cell."""
     thing, kind = with_article(phrase), with_article(concept.category)
     if cell is None:
-        return capitalise(
-            rng.choice(
-                ("{} fills most of the picture, {} shown on its own.", "one large drawing of {}, {}, and nothing else.",
-                 "a close view of {}; it is {}.", "{}, {}, drawn large on a flat background.")
-            ).format(thing, kind)
-        )  # fmt: skip
-    return capitalise(
-        rng.choice(
-            ("{thing}, {kind}, sits {where}; the rest is empty.", "{where} there is {thing}, drawn small, and nothing else.",
-             "a small drawing of {thing} {where}. It is {kind}.", "only {thing} {where}, everything else is blank.")
-        ).format(thing=thing, kind=kind, where=place(cell, grid, rng))
-    )  # fmt: skip
+        templates = (
+            f"{thing}, {kind} shown on its own, as large as the picture.",
+            f"one large drawing of {thing}, {kind}, and nothing else.",
+            f"a close view of {thing}: {kind}.",
+            f"{thing}, {kind}, drawn large on a flat background.",
+        )
+    else:
+        where = place(cell, grid, rng)
+        templates = (
+            f"{thing}, {kind}, {where}; the rest is empty.",
+            f"{where} there {verb(phrase, 'is', 'are')} {thing}, drawn small, and nothing else.",
+            f"a small drawing of {thing} {where}: {kind}.",
+            f"only {thing} {where}, everything else is blank.",
+        )
+    return capitalise(rng.choice(templates))
 
 
 Ordered = Sequence[tuple[Group, str]]
@@ -143,17 +147,18 @@ def _sentences(order: Ordered, grid: int, rng: Random) -> str:
     clauses = []
     previous: tuple[Group, str] | None = None
     for group, phrase in order:
-        subject = counted(phrase, group.count)
+        subject, be = counted(phrase, group.count), verb(phrase, "is", "are")
         if group.count > 1:
             clauses.append(f"there are {_located(group, phrase, grid, rng)}")
         elif previous and previous[0].count == 1 and rng.random() < 0.6:
             where = relation(group.cells[0], previous[0].cells[0], rng)
-            anchor = rng.choice(("it", definite(previous[1])))
-            clauses.append(rng.choice(("{0} is {1} {2}", "{1} {2} there is {0}")).format(subject, where, anchor))
+            pronoun = verb(previous[1], "it", "them")
+            anchor = pronoun if len(previous[1].split()) > 2 else rng.choice((pronoun, definite(previous[1])))
+            clauses.append(rng.choice(("{0} {3} {1} {2}", "{1} {2} there {3} {0}")).format(subject, where, anchor, be))
         else:
             where = place(group.cells[0], grid, rng)
-            verb = rng.choice(("is", "sits", "can be seen", "appears")) if takes_article(phrase) else "can be seen"
-            clauses.append(rng.choice((f"{subject} {verb} {where}", f"{where} there is {subject}")))
+            stands = rng.choice((be, verb(phrase, "sits", "sit"), "can be seen", verb(phrase, "appears", "appear")))
+            clauses.append(rng.choice((f"{subject} {stands} {where}", f"{where} there {be} {subject}")))
         previous = (group, phrase)
     return capitalise(join(clauses, rng.choice((", and ", "; ", " and "))) + ".")
 
@@ -188,9 +193,8 @@ def _closing(groups: Sequence[Group], grid: int, rng: Random) -> str:
         listed = join([counted(kind, count) for kind, count in sorted(kinds.items(), key=lambda item: rng.random())])
         return capitalise(rng.choice(("{}.", "in all {}.", "that makes {}.")).format(listed))
     if choice < 0.9:
-        return rng.choice(("{} things in total.", "Altogether {} drawings.", "It holds {} objects.")).format(
-            NUMBERS[sum(group.count for group in groups)]
-        )
+        number = NUMBERS[sum(group.count for group in groups)]
+        return capitalise(rng.choice((f"{number} things in total.", f"altogether {number} drawings.")))
     used = {cell for group in groups for cell in group.cells}
     free = [(row, column) for row in range(grid) for column in range(grid) if (row, column) not in used]
     return f"Nothing is {place(rng.choice(free), grid, rng)}." if free else ""

@@ -20,11 +20,10 @@ def write_clip_tokenizer(merges_gz: bytes, output_dir: Path) -> None:
         output_dir: directory to write.
     """
     lines = gzip.decompress(merges_gz).decode("utf-8").split("\n")
-    merges = [line.split() for line in lines[1 : NUM_MERGES + 1]]
+    merges = lines[1 : NUM_MERGES + 1]
     letters = sorted(ByteLevel.alphabet())  # code point order is the order of CLIP's ids
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    words = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
     vocab = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=[(left, right) for left, right in merges], model_max_length=CONTEXT_LENGTH
-    )
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=CONTEXT_LENGTH)  # pyright: ignore[reportArgumentType]
     tokenizer.save_pretrained(output_dir)

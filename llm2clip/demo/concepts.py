@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Literal
 from llm2clip.demo.packages import Fetched
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 TEST_CONCEPTS = 0.13
 VAL_CONCEPTS = 0.07
@@ -28,6 +29,7 @@ TEST_WORDINGS = 0.40
 VAL_WORDINGS = 0.20
 HELD_OUT_PAIRS = {"test": 0.10, "val": 0.05}
 HELD_OUT_CELLS = {"test": 0.06, "val": 0.04}
+MAX_CONCEPTS_PER_KEYWORD = 2
 EMOJI_FULLY_QUALIFIED = 2  # `emoji` package: STATUS["fully_qualified"]
 STOP_WORDS = frozenset("a an the of in on at to with for from by and or that this s one your off up down out".split())
 
@@ -127,7 +129,9 @@ def load_concepts(packages: Mapping[str, Fetched], languages: list[str], limit: 
     emoji = _emoji_by_name(packages["emoji"])
     if unknown := sorted(set(rows) - set(emoji)):
         raise ValueError(f"lexicon.json: no emoji of the `emoji` package is called {unknown}")
-    names = {key: phrases[0][1:] if phrases and phrases[0].startswith("=") else key for key, (_, phrases) in rows.items()}
+    names = {
+        key: phrases[0][1:] if phrases and phrases[0].startswith("=") else key for key, (_, phrases) in rows.items()
+    }
     others = {key: [p for p in phrases if not p.startswith("=")] for key, (_, phrases) in rows.items()}
     uses = Counter(
         phrase for key in rows for phrase in {bare(names[key]).lower(), *(bare(p).lower() for p in others[key])}
@@ -138,11 +142,14 @@ def load_concepts(packages: Mapping[str, Fetched], languages: list[str], limit: 
     concepts = []
     for key in sorted(kept):
         split = split_of(f"concept:{key}", TEST_CONCEPTS, VAL_CONCEPTS)
+        wordings: dict[Split, tuple[str, ...]]
         if split == "train":
             wordings = split_wordings(key, names[key], others[key], ambiguous)
         else:
             wordings = {split: tuple(others[key])}
-        held_out = [phrase for part in ("val", "test") for phrase in wordings.get(part, ())] if split == "train" else []
+        held_out = (
+            [phrase for part in ("val", "test") for phrase in wordings.get(part, ())] if split == "train" else []
+        )
         own_keywords = tuple(
             word
             for word in keywords.get(_plain(emoji[key]), ())
@@ -205,6 +212,12 @@ def _keywords(packages: Mapping[str, Fetched]) -> dict[str, tuple[str, ...]]:
         return {}
     annotations = packages["cldr"].read_json("package/annotations/en/annotations.json")["annotations"]["annotations"]
     return {_plain(emoji): tuple(row["default"]) for emoji, row in annotations.items() if "default" in row}
+
+
+def shared_keywords(concepts: Iterable[Concept]) -> set[str]:
+    """Keywords of more than MAX_CONCEPTS_PER_KEYWORD concepts: they identify nothing."""
+    uses = Counter(word for concept in concepts for word in concept.keywords)
+    return {word for word, count in uses.items() if count > MAX_CONCEPTS_PER_KEYWORD}
 
 
 def held_out_pair(first: Concept, second: Concept) -> Split:

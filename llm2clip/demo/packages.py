@@ -85,18 +85,16 @@ class Fetched:
             }
 
     @cached_property
+    def _zip(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(self.path)
+
+    @cached_property
     def members(self) -> frozenset[str]:
         """Names of all files inside."""
-        if self.package.client == "npm":
-            return frozenset(self._tar)
-        with zipfile.ZipFile(self.path) as archive:
-            return frozenset(archive.namelist())
+        return frozenset(self._tar if self.package.client == "npm" else self._zip.namelist())
 
     def read(self, member: str) -> bytes:
-        if self.package.client == "npm":
-            return self._tar[member]
-        with zipfile.ZipFile(self.path) as archive:
-            return archive.read(member)
+        return self._tar[member] if self.package.client == "npm" else self._zip.read(member)
 
     def read_json(self, member: str) -> dict:
         return json.loads(self.read(member))
@@ -195,5 +193,7 @@ def wanted(config: PackageConfig, names: Iterable[str]) -> list[str]:
 
 def write_sources(folder: Path, found: Mapping[str, Fetched], asked: Iterable[str]) -> None:
     """Record in sources.json each package asked for, and whether it could be had."""
-    rows = {name: {"used": name in found, "requirement": TABLE[name].requirement, **asdict(TABLE[name])} for name in asked}
+    rows = {
+        name: {"used": name in found, "requirement": TABLE[name].requirement, **asdict(TABLE[name])} for name in asked
+    }
     atomic_write(folder / SOURCES, json.dumps(rows, indent=2) + "\n")

@@ -8,20 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from llm2clip.demo.concepts import Concept
+from llm2clip.demo.concepts import SPLITS, Concept
 from llm2clip.demo.packages import Fetched, Package
-from llm2clip.demo.pools import Item, wordings_by_split
+from llm2clip.demo.recipe import Item
 from llm2clip.run_dir import atomic_path, atomic_write
 
-PICTURES_PER_ROW = 4
+PARTS_PER_ROW = 2
+PICTURES_PER_PART = 4
 PICTURE_SIZE = 128
-TEXT_WIDTH = 46
-COLUMN_WIDTH = 300
-ROW_HEIGHT = PICTURE_SIZE + 150
-UNDRAWABLE = ("lang_zh", "lang_ja", "lang_ko", "lang_ar", "lang_fa", "lang_ru")
-"""Pools whose script Pillow's own font lacks."""
+TEXT_WIDTH = 40
+MAX_LINES = 11
+COLUMN_WIDTH = 250
+ROW_HEIGHT = PICTURE_SIZE + 185
+TEXTS_PER_BATCH = 4096
+UNDRAWABLE = ("lang_zh", "lang_ja", "lang_ko")
+"""Pools whose script the font lacks."""
 
 
 def facts(
@@ -33,11 +37,13 @@ def facts(
     """Counts for the manifest and the data card."""
     counts: dict[str, Any] = {
         "concepts": dict(Counter(concept.split for concept in concepts)),
-        "wordings": dict(wordings_by_split(concepts)),
+        "wordings": _wordings_by_split(concepts),
         "text_pairs": dict(Counter(pair["kind"] for pair in pairs)),
         "parts": {},
     }
-    texts = sorted({text for items in parts.values() for item in items for texts in item.captions.values() for text in texts})
+    texts = sorted(
+        {text for items in parts.values() for item in items for texts in item.captions.values() for text in texts}
+    )
     lengths = _token_counts(texts, tokenizer)
     for part, items in parts.items():
         kinds: dict[str, dict[str, Any]] = {}
@@ -54,13 +60,23 @@ def facts(
     return counts
 
 
+def _wordings_by_split(concepts: Sequence[Concept]) -> dict[str, int]:
+    """How many wordings of training concepts each split holds."""
+    train = [concept for concept in concepts if concept.split == "train"]
+    return {split: sum(len(concept.wordings[split]) for concept in train) for split in SPLITS}
+
+
 def _token_counts(texts: Sequence[str], tokenizer: Path | None) -> dict[str, int]:
     if tokenizer is None:
         return {}
     from tokenizers import Tokenizer
 
-    encoded = Tokenizer.from_file(str(tokenizer)).encode_batch(list(texts))
-    return {text: len(encoding.ids) for text, encoding in zip(texts, encoded, strict=True)}
+    encode = Tokenizer.from_file(str(tokenizer)).encode_batch_fast
+    lengths = {}
+    for start in range(0, len(texts), TEXTS_PER_BATCH):  # all at once take half a gigabyte
+        batch = list(texts[start : start + TEXTS_PER_BATCH])
+        lengths |= {text: len(encoding.ids) for text, encoding in zip(batch, encode(batch), strict=True)}
+    return lengths
 
 
 def _mean(values: Sequence[int]) -> float:
@@ -68,24 +84,29 @@ def _mean(values: Sequence[int]) -> float:
 
 
 def contact_sheet(folder: Path, parts: Mapping[str, Sequence[Item]]) -> None:
-    """Write contact_sheet.png: the first pictures of each part with their captions."""
+    """Write contact_sheet.png: a few pictures of each part with their captions, two parts side by side."""
     shown = {part: items for part, items in parts.items() if Path(part).name not in UNDRAWABLE and items}
-    sheet = Image.new("RGB", (PICTURES_PER_ROW * COLUMN_WIDTH, len(shown) * ROW_HEIGHT), "white")
+    height = (len(shown) + 1) // PARTS_PER_ROW * ROW_HEIGHT
+    sheet = Image.new("RGB", (PARTS_PER_ROW * PICTURES_PER_PART * COLUMN_WIDTH, height), "white")
     draw = ImageDraw.Draw(sheet)
-    title, font = ImageFont.load_default(15), ImageFont.load_default(11)
-    for row, (part, items) in enumerate(shown.items()):
-        top = row * ROW_HEIGHT
-        draw.line((0, top, sheet.width, top), fill="#bbbbbb")
-        draw.text((6, top + 3), part, fill="#1f4e79", font=title)
-        step = max(1, len(items) // PICTURES_PER_ROW)
-        for column, item in enumerate(items[::step][:PICTURES_PER_ROW]):
-            left = column * COLUMN_WIDTH + 6
+    typeface = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Pillow's own lacks accents
+    title, font = ImageFont.truetype(typeface, 14), ImageFont.truetype(typeface, 10)
+    for index, (part, items) in enumerate(shown.items()):
+        top = index // PARTS_PER_ROW * ROW_HEIGHT
+        start = index % PARTS_PER_ROW * PICTURES_PER_PART * COLUMN_WIDTH
+        draw.line((start, top, start + PICTURES_PER_PART * COLUMN_WIDTH, top), fill="#bbbbbb")
+        draw.text((start + 6, top + 3), part, fill="#1f4e79", font=title)
+        step = max(1, len(items) // PICTURES_PER_PART)
+        for column, item in enumerate(items[::step][:PICTURES_PER_PART]):
+            left = start + column * COLUMN_WIDTH + 6
             with Image.open(folder / part / "images" / f"{item.id}.png") as picture:
                 sheet.paste(picture.convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE)), (left, top + 24))
+            draw.rectangle((left - 1, top + 23, left + PICTURE_SIZE, top + 24 + PICTURE_SIZE), outline="#dddddd")
             lines = []
             for kind, texts in item.captions.items():
                 lines += textwrap.wrap(f"{kind}: {texts[0]}", TEXT_WIDTH)
-            draw.multiline_text((left, top + PICTURE_SIZE + 27), "\n".join(lines[:9]), fill="black", font=font, spacing=1)
+            below = (left, top + PICTURE_SIZE + 27)
+            draw.multiline_text(below, "\n".join(lines[:MAX_LINES]), fill="black", font=font, spacing=1)
     with atomic_path(folder / "contact_sheet.png") as temporary:
         sheet.save(temporary, "PNG")
 
@@ -104,11 +125,12 @@ def data_card(
         "## Splits",
         "Each is decided by sha256 of a stable key, never by order.",
         "",
-        f"- **Concepts**: {_listed(counts['concepts'])}. Held-out concepts appear in no training picture or text pair.",
-        f"- **Wording** (other names of training concepts, written by hand): {_listed(counts['wordings'])}. A held-out "
-        "wording shares no content word with the concept's name or its training wordings, belongs to one concept only, "
-        "and is in no training caption or text pair of that concept.",
-        "- **Compositions**: pairs of concepts, four of a kind, and concept-cell combinations that training never shows.",
+        f"- **Concepts**: {_listed(counts['concepts'])}. No training picture shows a held-out "
+        "one, and no training text is about one.",
+        f"- **Wording** (other names of training concepts, written by hand): {_listed(counts['wordings'])}. "
+        "A held-out one shares no content word with the concept's name or its training wordings, belongs to one "
+        "concept only, and is in no training caption or text pair of that concept.",
+        "- **Compositions**: pairs of concepts, four of a kind, and places of a concept that training never shows.",
         "- **Style**: the held-out style redraws the scenes of `seen` and `concepts`.",
         "- **Languages**: the pictures of `seen`; training text is English only.",
         "",

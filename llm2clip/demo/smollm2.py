@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,13 +52,18 @@ def convert(gguf_path: Path, output_dir: Path) -> None:
             f"{gguf_path}: architecture {fields['general.architecture']!r} with tokenizer "
             f"{fields['tokenizer.ggml.model']!r}, expected 'llama' with 'gpt2'"
         )
-    model = LlamaForCausalLM(_config(fields))
-    state = {name: torch.from_numpy(values) for name, values in _tensors(reader, model.config)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:  # tied to the embeddings
-        raise ValueError(f"{gguf_path}: missing tensors {missing}, unexpected tensors {unexpected}")
-    model.tie_weights()
-    model.save_pretrained(output_dir)
+    config = _config(fields)
+    state = {name: torch.from_numpy(values) for name, values in _tensors(reader, config)}
+    with torch.device("meta"):
+        expected = LlamaForCausalLM(config).state_dict()
+    del expected["lm_head.weight"]  # tied to the embeddings
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+        raise ValueError(f"{gguf_path}: its tensors are not those of a Llama with tied embeddings: {shapes}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_file(state, output_dir / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(output_dir)
+    GenerationConfig.from_model_config(config).save_pretrained(output_dir)
     _tokenizer(fields).save_pretrained(output_dir)
     _name_tokenizer_class(output_dir)
 
@@ -72,12 +78,13 @@ def _config(fields: dict[str, Any]) -> LlamaConfig:
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         max_position_embeddings=fields["llama.context_length"],
         rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=fields["llama.rope.freq_base"],
+        rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
         bos_token_id=fields["tokenizer.ggml.bos_token_id"],
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
         pad_token_id=fields["tokenizer.ggml.padding_token_id"],
         tie_word_embeddings=True,
         dtype="float32",
+        architectures=["LlamaForCausalLM"],
     )
 
 

@@ -24,7 +24,7 @@ MAN = re.compile(r"(?<!cai)(?<!hu)man$")
 AN = re.compile(r"(?:[aeiou]|x-ray|hour|honest|atm|suv|f1|8|fm|s with|nba|nhl|lp|mri)", re.IGNORECASE)
 NOT_AN = re.compile(r"(?:uni(?!dent)|use|ufo|ute|eu|ewe|one|uku|urn-?like|u-)", re.IGNORECASE)
 HEAD_END = re.compile(
-    r" (?:with|of|in|on|for|at|without|from|to|that|by|behind|after|between|over|under|beyond|before|slid|being|outside) "
+    r" (?:with|of|in|on|for|at|without|from|to|that|by|behind|after|between|over|under|beyond|before|slid|outside) "
 )
 
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
@@ -43,6 +43,14 @@ def with_article(phrase: str) -> str:
         return phrase.removeprefix("~")
     an = AN.match(phrase) is not None and NOT_AN.match(phrase) is None
     return f"{'an' if an else 'a'} {phrase}"
+
+
+def verb(phrase: str, singular: str, many: str) -> str:
+    """The verb form for one mention of a phrase: `a taxi is`, `glitter is`, `socks are`."""
+    match = HEAD_END.search(phrase)
+    head = phrase[: match.start()] if match else phrase
+    is_plural = phrase.startswith("~") and re.search(r"(?:[^s']s|people|teeth|feet)$", head) is not None
+    return many if is_plural and not bare(phrase)[:1].isupper() else singular
 
 
 def definite(phrase: str) -> str:
