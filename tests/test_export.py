@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llm2clip import export, export_check
+from llm2clip.model_card import provenance
+from llm2clip.modeling_clip import LLM2CLIPConfig, LLM2CLIPModel
 
 VISION = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
@@ -72,11 +74,21 @@ def test_a_stock_tower_survives_the_round_trip(tmp_path, kind):
     assert all(name.startswith("vision_model.") == (kind in prefixed) for name in names)
 
 
-def test_a_whole_clip_model_gives_its_vision_half(tmp_path):
+def clip_model() -> transformers.CLIPModel:
     config = transformers.CLIPConfig(
         vision_config={**VISION, "intermediate_size": 64}, text_config={**TEXT, "bos_token_id": 0, "eos_token_id": 1}
     )
-    model = transformers.CLIPModel(config)
+    return transformers.CLIPModel(config)
+
+
+def llm2clip_model() -> LLM2CLIPModel:
+    tower = transformers.CLIPVisionConfig(**VISION, intermediate_size=64)
+    return LLM2CLIPModel(LLM2CLIPConfig(vision_config=tower, caption_embedding_dim=12, projection_dim=16))
+
+
+@pytest.mark.parametrize("build", [clip_model, llm2clip_model])
+def test_a_whole_model_gives_its_vision_half(tmp_path, build):
+    model = build()
     randomize(model)
     model.save_pretrained(tmp_path / "source")
     save_processor(tmp_path / "source", "clip")
@@ -124,6 +136,27 @@ def test_a_lost_tensor_is_found(tmp_path):
     save_file(tensors, weights, metadata={"format": "pt"})
     report = export_check.check(str(tmp_path / "tower"), str(tmp_path / "reference.safetensors"))
     assert "1 missing keys, first " in export.find_problems(report)[0]
+
+
+def test_provenance_follows_settings_to_the_runs_they_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "clip": {
+            "embeddings": "runs/embeddings",
+            "data": [{"path": "runs/data/train/scenes"}],
+            "lr_scheduler": "cosine",
+        },
+        "embeddings": {"teacher": "runs/teacher", "data": [{"path": "runs/data/train/scenes"}]},
+        "teacher": {"model": "runs/deleted"},
+        "data": {"output": "."},
+    }
+    for name, values in settings.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        manifest = {"stage": name, "fingerprint": name, "inputs": {}, "settings": values}
+        (tmp_path / "runs" / name / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "runs" / "data" / "train" / "scenes").mkdir(parents=True)
+    found = [manifest["stage"] for _, manifest in provenance(Path("runs/clip"))]
+    assert found == ["clip", "embeddings", "teacher", "data"]
 
 
 def test_a_directory_without_a_model_or_processor_is_bad_input(tmp_path):

@@ -64,7 +64,7 @@ class PoolFacts:
     num_images: int
     num_captions: int
     num_repeated_captions: int
-    """Captions that repeat another one of the pool word for word; of other images they are ties, which all miss."""
+    """Captions that repeat another one of the pool word for word; if it is another image's, image to text is a tie."""
     truncated: Mapping[str, int]
     """Arm label to number of captions that its text tower cut off, where there are any."""
     scores: Sequence[Mapping[str, Any]]
