@@ -147,6 +147,12 @@ class ContrastiveTrainer(Trainer):
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.checkpoints = Path(str(args.output_dir))
         self.run_dir = self.checkpoints.parent
+        if args.deepspeed_plugin is not None:
+            for parameter in model.parameters():
+                if parameter.ndim == 0:
+                    # DeepSpeed 0.19 fails to broadcast scalars, but leaves alone what has this mark; every process
+                    # starts from the same weights anyway.
+                    parameter.ds_optim_param = True  # type: ignore[attr-defined]
         self._window: list[dict[str, torch.Tensor]] = []  # of the micro-batches since the last log line
         self._window_start = time.perf_counter()
         if args.disable_tqdm:
