@@ -172,26 +172,51 @@ def test_build_is_the_same_byte_for_byte_also_in_parallel(monkeypatch, tmp_path,
     assert read_manifest(again)["outputs"] == read_manifest(data)["outputs"]
 
 
+def test_interrupted_build_is_finished_by_the_next(monkeypatch, tmp_path, data):
+    render = scenes.Drawings.render
+    calls = itertools.count()
+
+    def fail_late(*args):
+        if next(calls) == 100:
+            raise KeyboardInterrupt
+        return render(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scenes.Drawings, "render", fail_late)
+        with pytest.raises(KeyboardInterrupt):
+            run_build(monkeypatch, tmp_path)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    again = run_build(monkeypatch, tmp_path)
+    assert read_manifest(again)["outputs"] == read_manifest(data)["outputs"]
+
+
 def test_more_scenes_leave_the_others_alone(monkeypatch, tmp_path, data):
     more = run_build(monkeypatch, tmp_path, ALL, "--num_scenes=70", "--num_test_scenes=14")
     assert rows(more / "train" / "scenes")[:120] == rows(data / "train" / "scenes")
     assert rows(more / "pools" / "test" / "seen")[:12] == rows(data / "pools" / "test" / "seen")
-    other = run_build(monkeypatch, tmp_path / "seed", ALL, "--seed=1")
-    assert rows(other / "train" / "scenes") != rows(data / "train" / "scenes")
 
 
 def test_pip_alone(monkeypatch, tmp_path):
-    data = run_build(monkeypatch, tmp_path, ("openmoji", "emoji"), "--optional_packages=false")
+    """npm may be missing, or its packages not asked for: the pools that need them are left out, and it is recorded."""
+    data = run_build(monkeypatch, tmp_path, ("openmoji", "emoji"))
     pools = {path.name for path in (data / "pools" / "test").iterdir()}
     assert {"seen", "concepts", "wording", "compositions", "lang_de"} <= pools
     assert not pools & {"style", "style_concepts"}
-    assert set(json.loads((data / "sources.json").read_text())) == {"openmoji", "emoji"}
-
-
-def test_missing_optional_packages_are_recorded(monkeypatch, tmp_path):
-    data = run_build(monkeypatch, tmp_path, ("openmoji", "emoji"))
     used = {name: row["used"] for name, row in json.loads((data / "sources.json").read_text()).items()}
     assert used == {"openmoji": True, "emoji": True, "fluent": False, "twemoji": False, "noto": False, "cldr": False}
+
+
+def test_grid_size_and_seed_are_settings(monkeypatch, tmp_path, data):
+    other = run_build(monkeypatch, tmp_path, ALL, "--seed=1", "--grid=2", "--image_size=64")
+    scenes_there = rows(other / "train" / "scenes")
+    assert [row["captions"] for row in scenes_there] != [row["captions"] for row in rows(data / "train" / "scenes")]
+    assert {tuple(thing["cell"]) for row in scenes_there for thing in row["objects"]} == {
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    }
+    assert Image.open(other / "train" / "scenes" / scenes_there[0]["image"]).size == (64, 64)
 
 
 def test_second_run_does_nothing(monkeypatch, data):

@@ -192,15 +192,23 @@ def _jsonl(rows: Any) -> str:
 
 
 def _write_images(folder: Path, parts: Mapping[str, Sequence[Item]], drawings: Drawings, seed: int) -> None:
+    """Draw every picture once, also those that several parts show."""
     from random import Random
 
-    jobs = [(folder / part / "images" / f"{item.id}.png", item) for part, items in parts.items() for item in items]
+    jobs: dict[tuple[str, tuple[str, ...]], tuple[Item, list[Path]]] = {}
+    for part, items in parts.items():
+        for item in items:
+            _, paths = jobs.setdefault((item.render_key, item.styles), (item, []))
+            paths.append(folder / part / "images" / f"{item.id}.png")
+    listed = list(jobs.values())
 
     def render(index: int) -> None:
-        path, item = jobs[index]
-        path.write_bytes(drawings.render(item.groups, item.styles, Random(f"{seed}:{item.render_key}")))
+        item, paths = listed[index]
+        png = drawings.render(item.groups, item.styles, Random(f"{seed}:{item.render_key}"))
+        for path in paths:
+            path.write_bytes(png)
 
-    for _ in _in_parallel(render, len(jobs)):
+    for _ in _in_parallel(render, len(listed)):
         pass
 
 
