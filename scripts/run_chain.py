@@ -11,10 +11,11 @@ the stages of one command, and `stages`, each with
     arm         run only if this arm is asked for (optional)
     per_seed    run once for every seed, in NAME/seed-N (optional)
     settings    the stage's configuration; `{root}`, `{seed}` and `{arms}` are filled in, a list item with `{seed}` in
-                a stage that is not per_seed becomes one item per seed, a mapping key ending in `?ARM` is dropped
-                unless that arm is run
+                a stage that is not per_seed becomes one item per seed, a mapping key or list item ending in
+                `?ARM` is dropped unless that arm is run
 
-Every stage's configuration is checked before the first one starts.
+A file may name another one as its `base` and hold what differs: top-level keys, and under `overrides` settings by
+stage. Every stage's configuration is checked before the first one starts.
 """
 
 from __future__ import annotations
@@ -71,6 +72,24 @@ class Step:
         )
 
 
+def load_chain(path: Path) -> dict[str, Any]:
+    """One chain file, on top of its base if it names one."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the chains are in configs/*/llm2clip.yaml")
+    chain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "base" not in chain:
+        return chain
+    parent = load_chain(path.parent / chain.pop("base"))
+    overrides = chain.pop("overrides", {})
+    stages = {stage["name"]: stage for stage in parent["stages"]}
+    if unknown := overrides.keys() - stages.keys():
+        raise ValueError(f"{path}: overrides for unknown stages {sorted(unknown)}; there are {sorted(stages)}")
+    for name, settings in overrides.items():
+        merge(stages[name].setdefault("settings", {}), settings)
+    merge(parent, chain)
+    return parent
+
+
 def read_chain(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The chain's YAML with the overrides of the command line written in; and the launcher."""
     parser = argparse.ArgumentParser(prog="run_chain.py", allow_abbrev=False)
@@ -80,9 +99,7 @@ def read_chain(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     parser.add_argument("--seeds", help="comma-separated")
     parser.add_argument("--launcher", default="", help="what starts a stage that trains, such as 'accelerate launch'")
     known, rest = parser.parse_known_args(argv)
-    if not known.config.is_file():
-        raise ValueError(f"{known.config} does not exist; the chains are in configs/*/llm2clip.yaml")
-    chain = yaml.safe_load(known.config.read_text(encoding="utf-8"))
+    chain = load_chain(known.config)
     chain["root"] = known.root or chain["root"]
     if known.arms:
         chain["arms"] = known.arms.split(",")
@@ -137,6 +154,10 @@ def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | 
     if isinstance(value, list):
         items: list[Any] = []
         for item in value:
+            if isinstance(item, str):
+                item, _, arm = item.partition("?")
+                if arm and arm not in arms:
+                    continue
             each_seed = seed is None and isinstance(item, str) and "{seed}" in item
             items += [_fill(item, root, arms, seeds, s) for s in (seeds if each_seed else [seed])]
         return items
