@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -367,6 +368,33 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path, whole: Path, teache
     result = subprocess.run([*command(*launch), *given], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "two") == contents(whole)
+
+
+@pytest.mark.distributed
+def test_a_process_that_dies_does_not_keep_the_others_waiting(
+    tmp_path: Path, teacher: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def process(rank: int) -> None:
+        os.environ["RANK"] = str(rank)
+        if rank == 1:
+            embedding_writer.EmbeddingWriter.write_shards = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        extract(tmp_path, teacher, scenes)
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=process, args=(rank,)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=120)
+    assert [child.exitcode for child in children] == [1, -signal.SIGKILL]
+    assert sorted(tmp_path.glob("shard-*")) == [tmp_path / shard_name(number) for number in (0, 2, 4)]
+    assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.slow
