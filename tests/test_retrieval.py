@@ -155,6 +155,27 @@ def test_a_stock_clip_model_reads_captions_with_its_own_tokenizer(tmp_path, vani
     assert all(len(row) == 5 for row in long["top5"]["t2i"])
 
 
+def test_a_siglip_model_sees_captions_padded_to_full_length(tmp_path, pool):
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(
+        text_config={**tower, "vocab_size": 400, "max_position_embeddings": 16, "projection_size": 32},
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+    )
+    torch.manual_seed(0)
+    model = transformers.SiglipModel(config).eval()
+    model.save_pretrained(tmp_path / "siglip")
+    clip_tokenizer().save_pretrained(tmp_path / "siglip")
+    save_processor(tmp_path / "siglip")
+    raw = evaluate(tmp_path / "out", tmp_path / "siglip", pool)["held_out__raw"]
+    data, transform = CaptionData.open(pool), ImageTransform(size=32)
+    pixel_values = torch.stack([transform.evaluate(data.load_image(index)) for index in range(len(data))])
+    texts = [caption.text for sample in data for caption in sample.captions if caption.kind == "raw"]
+    tokens = clip_tokenizer()(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**tokens, pixel_values=pixel_values)
+    check_against_a_naive_loop(raw, output.image_embeds, output.text_embeds)
+
+
 def test_an_llm2clip_model_reads_the_store(tmp_path, llm2clip, pool):
     store = write_embeddings(tmp_path / "embeddings", pool)
     results = evaluate(tmp_path / "out", llm2clip, pool, embeddings=str(store), batch_size=5)

@@ -289,21 +289,18 @@ def _own_text_tower(model: Any, config: RetrievalConfig) -> EncodeTexts:
     padding = "max_length" if model.config.model_type == "siglip" else True
 
     def encode(data: CaptionData, captions: np.ndarray) -> tuple[torch.Tensor, int]:
-        texts = data.texts.take(captions).to_pylist()
-        num_truncated = sum(len(ids) > length for ids in tokenizer(texts, verbose=False)["input_ids"])
+        input_ids = tokenizer(data.texts.take(captions).to_pylist(), verbose=False)["input_ids"]
+        lengths = np.array([len(ids) for ids in input_ids])
+        shortest_first = np.argsort(lengths, kind="stable")  # else each batch is padded to its longest caption
         features = []
         with torch.inference_mode():
-            for start in range(0, len(texts), config.batch_size):
-                batch = tokenizer(
-                    texts[start : start + config.batch_size],
-                    padding=padding,
-                    truncation=True,
-                    max_length=length,
-                    return_tensors="pt",
-                ).to(model.device)
-                pooled = model.get_text_features(**batch).pooler_output
+            for start in range(0, len(captions), config.batch_size):
+                rows = shortest_first[start : start + config.batch_size]
+                texts = data.texts.take(captions[rows]).to_pylist()
+                batch = tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+                pooled = model.get_text_features(**batch.to(model.device)).pooler_output
                 features.append(torch.nn.functional.normalize(pooled, dim=-1).cpu())
-        return torch.cat(features), num_truncated
+        return torch.cat(features)[torch.from_numpy(np.argsort(shortest_first))], int((lengths > length).sum())
 
     return encode
 
