@@ -46,7 +46,7 @@ class ExtractEmbeddingsConfig(StageConfig):
     data: list[CaptionSource]
     """All captions that will be trained or evaluated on; a text that occurs in several is encoded once."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the stored vectors. The teacher computes in bfloat16 in the published recipe, so that loses nothing."""
+    """Of the stored vectors; the published recipe computes them in bfloat16 as well."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the teacher's weights and activations; float32 is faster on most CPUs."""
     batch_tokens: int = 16_384
