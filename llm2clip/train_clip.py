@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llm2clip.caption_data import CaptionData
-    from llm2clip.clip_dataset import CaptionSource
+    from llm2clip.clip_dataset import CaptionSource, ClipStream
     from llm2clip.embedding_store import EmbeddingStore
+    from llm2clip.images import ImageTransform
+    from llm2clip.trainer import ClipTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -84,26 +86,28 @@ def run(call: StageCall[TrainClipConfig]) -> None:
         RuntimeError: if the loss is not finite; names the step.
     """
     data = _open_data(call.config)
+    sources, store = _open_sources(call.config, data)  # what does not fit together shows before anything is written
     with RunDir(call, stage=STAGE, inputs=_fingerprints(call.config, data)) as run_dir:
         if run_dir.complete:
             logger.info("%s: already complete, %s", STAGE, run_dir.path)
             return
-        _train(call, data, run_dir)
+        _train(call, sources, store, run_dir)
 
 
-def _train(call: StageCall[TrainClipConfig], data: Sequence[CaptionData], run_dir: RunDir) -> None:
+def _train(
+    call: StageCall[TrainClipConfig], sources: Sequence[CaptionSource], store: EmbeddingStore | None, run_dir: RunDir
+) -> None:
     import torch
     from transformers import set_seed
 
     from llm2clip import clip_init
-    from llm2clip.clip_dataset import ClipStream, EmbeddingCollator, TextCollator
+    from llm2clip.clip_dataset import EmbeddingCollator, TextCollator
     from llm2clip.losses import ClipObjective
     from llm2clip.patch_pca import init_patch_embedding
     from llm2clip.trainer import ClampLogitScale, ClipTrainingArguments, ContrastiveTrainer
 
     config, args = call.config, call.training
     assert isinstance(args, ClipTrainingArguments)
-    sources, store = _open_sources(config, data)  # what does not fit together shows before a model is loaded
     set_seed(args.seed)
     model, tokenizer = _build_model(config, sources, store)
     clip_init.freeze(model, config.freeze)
@@ -112,19 +116,7 @@ def _train(call: StageCall[TrainClipConfig], data: Sequence[CaptionData], run_di
 
     num_samples = sum(map(len, sources))
     args.max_steps = args.num_steps(num_samples)
-    weights, final_weights = _mixing_weights(config, sources)
-    stream = ClipStream(
-        sources,
-        weights=weights,
-        final_weights=final_weights,
-        transform=transform,
-        num_steps=args.max_steps,
-        batch_size=args.global_batch_size,
-        seed=args.seed,
-        cache_images=config.data.cache_images,
-        skipped_file=run_dir.path / "skipped.jsonl",
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
+    stream = _build_stream(config, args, sources, transform, skipped_file=run_dir.path / "skipped.jsonl")
     if config.model.patch_init == "pca":
         positions = range(0, len(stream), math.ceil(len(stream) / NUM_PCA_IMAGES))
         init_patch_embedding(model, torch.stack([stream[i]["pixel_values"] for i in positions]))
@@ -168,7 +160,7 @@ def _train(call: StageCall[TrainClipConfig], data: Sequence[CaptionData], run_di
             num_steps=args.max_steps,
             global_batch_size=args.global_batch_size,
             num_images=num_samples,
-            num_skipped=_write_skipped(run_dir.path / "skipped.jsonl", data),
+            num_skipped=_write_skipped(run_dir.path / "skipped.jsonl", [source.data for source in sources]),
             parameters=parameters,
             metrics={name: value for name, value in trainer.state.log_history[-1].items() if name != "step"},
         )
@@ -247,13 +239,29 @@ def _sample_rows(sources: Sequence[CaptionSource]) -> np.ndarray:
     return joined[:: math.ceil(len(joined) / MAX_MOMENT_CAPTIONS)]
 
 
-def _mixing_weights(config: TrainClipConfig, sources: Sequence[CaptionSource]) -> tuple[list[float], list[float]]:
-    """Shares of the sources at the first and at the last step; by default their sizes, as in the original."""
-    first, last = [], []
-    for source, settings in zip(sources, config.data.sources, strict=True):
-        first.append(len(source) if settings.weight is None else settings.weight)
-        last.append(len(source) if settings.last_weight is None else settings.last_weight)
-    return first, last
+def _build_stream(
+    config: TrainClipConfig,
+    args: ClipTrainingArguments,
+    sources: Sequence[CaptionSource],
+    transform: ImageTransform,
+    skipped_file: Path,
+) -> ClipStream:
+    from llm2clip.clip_dataset import ClipStream
+
+    pairs = list(zip(sources, config.data.sources, strict=True))
+    return ClipStream(
+        sources,
+        # by default the shares are the sizes, as in the original
+        weights=[len(source) if (weight := s.weight) is None else weight for source, s in pairs],
+        final_weights=[len(source) if (weight := s.last_weight) is None else weight for source, s in pairs],
+        transform=transform,
+        num_steps=args.max_steps,
+        batch_size=args.global_batch_size,
+        seed=args.seed,
+        cache_images=config.data.cache_images,
+        skipped_file=skipped_file,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
 
 
 def _learning_rates(config: TrainClipConfig, base: float) -> dict[str, float]:

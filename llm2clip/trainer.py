@@ -266,6 +266,8 @@ class ContrastiveTrainer(Trainer):
         """Train from the newest complete checkpoint, if there is one, to the end."""
         checkpoint = self._newest_checkpoint()
         step = 0
+        if self.ema is not None:
+            self.ema.to(self.args.device)  # where DeepSpeed will have put the model
         if checkpoint is not None:
             step = _step_of(checkpoint)
             logger.info("continuing from step %d of %d", step, self.args.max_steps)
