@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from llm2clip.caption_pairs import CaptionPairs, CaptionSource, TextPairs, TextSource, source_weights
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.mntp import MntpConfig
 from llm2clip.run_dir import RunDir, atomic_write, fingerprint
 
+TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
     from llm2clip.caption_data import CaptionData
     from llm2clip.teacher import CaptionEncoder, TeacherSpec

@@ -33,6 +33,7 @@ IDENTITY = "identity.json"
 VOLATILE = {
     "output_dir",
     "overwrite",
+    "cache_dir",
     "training.dataloader_num_workers",
     "training.disable_tqdm",
     "training.report_to",
@@ -163,10 +164,10 @@ def fingerprint(path: str | Path) -> str:
     """Content digest of a file or directory; of a complete run directory the one in its manifest.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
+        FileNotFoundError: if there is nothing at `path`, or an unfinished run.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
+    if (path / IDENTITY).is_file():
         return read_manifest(path)["fingerprint"]
     if path.is_file():
         return _file_digest(path)
