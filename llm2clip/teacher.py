@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm2clip.llm import check_bidirectional, check_layers, load_llm
 from llm2clip.run_dir import atomic_write
@@ -233,6 +233,10 @@ class CaptionEncoder(nn.Module):
         directory = Path(directory)
         check_layers(self.llm, self.spec.num_hidden_layers)
         self.llm.save_pretrained(directory)
+        if isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            backend = self.tokenizer.backend_tokenizer  # remembers, and would write, how it was called last
+            backend.no_truncation()
+            backend.no_padding()
         self.tokenizer.save_pretrained(directory)
         self.spec.save(directory)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -23,6 +22,8 @@ from llm2clip.caption_retrieval import caption_pool, caption_retrieval_accuracy
 from llm2clip.caption_training import PairCollator, PairModel
 from llm2clip.run_dir import read_manifest
 from llm2clip.teacher import CaptionEncoder, TeacherSpec, encode_texts
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -278,33 +279,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> 
 
 # Processes
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-COMMAND = [sys.executable, "-m", "llm2clip.cli", "finetune-llm", "--config"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+COMMAND = ["-m", "llm2clip.cli", "finetune-llm", "--config"]
+
+
+def start(config: str, *launcher: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*(launcher or (sys.executable,)), *COMMAND, config], env=ENVIRONMENT, cwd=ROOT, start_new_session=True
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("batches", ["one_source", "mixed"])
-def test_two_processes_equal_one(root: Path, tmp_path: Path, batches: str) -> None:
-    runs = []
+@pytest.mark.parametrize(("launcher", "batches"), [("ddp", "mixed"), ("deepspeed", "one_source")])
+def test_two_processes_equal_one(root: Path, tmp_path: Path, launcher: str, batches: str) -> None:
+    captions = [{"path": str(root / "data"), "weight": 1, "negatives": "random"}]
+    loss = {"symmetric": True, "scale": 20.0}
+    accelerate = (str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2")
+    launch = (*accelerate, "--config_file", "configs/accelerate/ddp.yaml", "--main_process_port", "0")
+    runs = {}
     for processes in (1, 2):
-        training = {"per_device_train_batch_size": 8 // processes, "max_steps": 6}
-        captions = [{"path": str(root / "data"), "weight": 1, "negatives": "random"}]
-        values = settings(root, tmp_path / f"run-{processes}", batches=batches, training=training, captions=captions)
-        values["loss"] = {"symmetric": True, "scale": 20.0}
-        command = [*COMMAND, config_file(values)]
-        if processes == 2:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561"]
-            command = [*launcher, *command[1:]]
-        subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, timeout=500)
-        runs.append(tmp_path / f"run-{processes}")
-    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs)
+        training: dict = {"per_device_train_batch_size": 8 // processes, "max_steps": 6}
+        if processes == 2 and launcher == "deepspeed":
+            training["deepspeed"] = "configs/deepspeed/zero2.json"
+        run = runs[processes] = tmp_path / f"run-{processes}"
+        values = settings(root, run, batches=batches, training=training, captions=captions, loss=loss)
+        assert start(config_file(values), *(launch if processes == 2 else ())).wait() == 0
+    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs.values())
     for name in ("loss", "grad_norm", "accuracy"):
         expected, found = (torch.tensor([line[name] for line in lines]) for lines in (one, two))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    first, second = (AutoModel.from_pretrained(run).state_dict() for run in runs)
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-5)
+    first, second = (AutoModel.from_pretrained(run).state_dict() for run in runs.values())
+    for name, weight in first.items():  # Adam turns rounding of tiny gradients into steps of some of the learning rate
+        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-3)
+    assert (runs[1] / "cra.json").read_text() == (runs[2] / "cra.json").read_text()
 
 
 @pytest.mark.slow
@@ -312,18 +320,28 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(root: Path, tmp
     mntp = {"block_size": 32, "per_device_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2}
     changes = {"mntp": mntp, "lora": {"dropout": 0.1}, "length_groups": 2, "training": {"save_steps": 2}}
     expected = content(make(root, tmp_path / "whole", **changes))
-    config = config_file(settings(root, tmp_path / "killed", **changes))
-    moments = random.Random(0)
+    run = tmp_path / "killed"
+    config = config_file(settings(root, run, **changes))
+
+    def has_steps(count: int) -> bool:
+        path = run / "metrics.jsonl"
+        return path.exists() and len(path.read_bytes().splitlines()) >= count
+
+    moments = (
+        lambda: any((run / "mntp").glob("checkpoints/checkpoint-2/*")),  # while it is written
+        lambda: (run / "mntp" / "adapter").exists(),
+        lambda: any(run.glob("checkpoints/checkpoint-4/*")),
+        lambda: has_steps(6),
+        lambda: (run / "model.safetensors").exists(),  # before the manifest
+    )
     kills = 0
-    for _ in range(6):
-        process = subprocess.Popen([*COMMAND, config], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        # From the first sign of work on, any moment is as good as another.
-        for line in process.stderr:
-            if "caption retrieval" in line or "mntp:" in line or "continuing" in line:
-                break
-        time.sleep(moments.uniform(0, 3))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2
-    subprocess.run([*COMMAND, config], check=True, env=ENVIRONMENT, capture_output=True, timeout=500)
-    assert content(tmp_path / "killed") == expected
+    for moment in moments:
+        process = start(config)
+        while process.poll() is None:
+            if moment():
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+            time.sleep(0.001)
+    assert kills >= 4
+    assert start(config).wait() == 0
+    assert content(run) == expected

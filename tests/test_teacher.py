@@ -11,6 +11,7 @@ from tiny import CHAT_TEMPLATE, tiny_llm, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from llm2clip.llm import add_lora, check_bidirectional, load_llm, merge_adapter, save_decoder_adapter
+from llm2clip.run_dir import fingerprint
 from llm2clip.teacher import (
     CaptionEncoder,
     CaptionTokenizer,
@@ -247,6 +248,14 @@ def test_reload_gives_the_same_vectors_also_in_plain_transformers(llm: str, tmp_
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
     states = torch.load(tmp_path / "states.pt", weights_only=True)
     torch.testing.assert_close(states, made.llm(torch.tensor([[0, 5, 6, 7]])).last_hidden_state)
+
+
+def test_what_is_written_does_not_depend_on_what_was_encoded_before(llm: str, tmp_path: Path) -> None:
+    used = encoder(llm)
+    encode_texts(used, CAPTIONS)
+    used.save_pretrained(tmp_path / "used")
+    encoder(llm).save_pretrained(tmp_path / "unused")
+    assert fingerprint(tmp_path / "used") == fingerprint(tmp_path / "unused")
 
 
 def test_a_teacher_whose_llm_lost_its_setting_is_refused(llm: str, tmp_path: Path) -> None:
