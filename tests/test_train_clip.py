@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from clip_data import adapter_arguments, clip_arguments, write_clip_tokenizer, write_embeddings, write_scenes
@@ -379,14 +379,17 @@ def test_nan_stops_the_run_and_nothing_is_left_half_written(inputs: dict[str, Pa
 def start(arguments: list[str], *launcher: str, **environment: str) -> subprocess.Popen:
     command = [*(launcher or (sys.executable,)), "-m", "llm2clip.cli", "train-clip", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "LLM2CLIP_DEBUG": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, env=variables)
 
 
 def kill_when(process: subprocess.Popen, condition: Any) -> bool:
     """kill -9 the process and its children as soon as `condition()`; False if it ended before."""
     while process.poll() is None:
         if condition():
-            os.killpg(process.pid, signal.SIGKILL)
+            family = [*psutil.Process(process.pid).children(recursive=True), process]
+            for member in family:
+                member.kill()
+            psutil.wait_procs([m for m in family if m is not process], timeout=60)
             process.wait()
             return True
         time.sleep(0.001)
@@ -430,8 +433,14 @@ def test_kill_at_random_moments_changes_nothing(inputs: dict[str, Path], tmp_pat
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["ddp", "deepspeed"])
 def test_two_processes_train_like_one(inputs: dict[str, Path], tmp_path: Path, launcher: str):
-    """Also the clamp at ln 100, which must hold DeepSpeed's own copy of the weights; also after kill -9."""
-    settings = {"training.learning_rate": 3e-3, "model.logit_scale_init": 99.9, "losses": {"contrastive": 1.0}}
+    """Also where the logit scale is clamped, of which DeepSpeed has a copy of its own; also after kill -9."""
+    settings = {
+        "model.logit_scale_init": 1.0,  # ln 1 = 0 is the lower end; the loss first wants to go below, then up
+        "training.learning_rate": 3e-3,
+        "layer_decay": 1.0,
+        "training.max_steps": 16,
+        "training.save_steps": 4,
+    }
     one = train(adapter(inputs, tmp_path / "one", **settings))
     settings["training.per_device_train_batch_size"] = 4
     if launcher == "deepspeed":
@@ -450,13 +459,14 @@ def test_two_processes_train_like_one(inputs: dict[str, Path], tmp_path: Path, l
         ),
     ]
     arguments = adapter(inputs, run, **settings)
-    checkpoint = run / "checkpoints" / "checkpoint-4" / "complete"
+    checkpoint = run / "checkpoints" / "checkpoint-8" / "complete"
     assert kill_when(start(arguments, *launch, DS_ACCELERATOR="cpu"), checkpoint.exists)
     assert start(arguments, *launch, DS_ACCELERATOR="cpu").wait() == 0
     expected = metrics(one)
-    assert any(line["logit_scale"] == pytest.approx(4.60517) for line in expected)  # the clamp was reached
+    assert expected[8]["logit_scale"] == 0.0 < expected[-1]["logit_scale"]  # held, then let go
     for ours, single in zip(metrics(run), expected, strict=True):
         for key in ("loss", "grad_norm", "logit_scale", "learning_rate"):
-            assert ours[key] == pytest.approx(single[key], rel=1e-3), (ours["step"], key)
+            assert ours[key] == pytest.approx(single[key], rel=1e-3, abs=1e-6), (ours["step"], key)
     for name, value in weights(one).items():
-        assert_close(weights(run)[name], value, rtol=1e-3, atol=1e-4)
+        if not name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding, which Adam blows up
+            assert_close(weights(run)[name], value, rtol=1e-3, atol=1e-4)
