@@ -10,7 +10,7 @@ import argparse
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -119,11 +119,11 @@ def _parser(
 def _all_problems(parser: jsonargparse.ArgumentParser, argv: list[str], first: Exception, prog: str) -> str:
     """Name every bad key: jsonargparse stops at the first, so each leaf is tried alone."""
     try:
-        leaves = list(_leaves(_raw_values(argv)))
+        given = list(leaves(_raw_values(argv)))
     except (OSError, yaml.YAMLError, ValueError) as error:
         return f"{prog}: {error}"
     problems = []
-    for key, value in leaves:
+    for key, value in given:
         alone: Any = value
         for part in reversed(key.split(".")):
             alone = {part: alone}
@@ -160,10 +160,11 @@ def _raw_values(argv: list[str]) -> dict[str, Any]:
     return values
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested mapping with its dotted key; an empty mapping counts as a value."""
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from llm2clip import __version__
-from llm2clip.config import StageCall
+from llm2clip.config import StageCall, leaves
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class RunDir:
 
 def identity(call: StageCall, *, stage: str, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a run is: stage, the settings that matter and the fingerprints of its inputs, in plain JSON types."""
-    settings = {key: value for key, value in _flat(call.resolved) if key not in VOLATILE}
+    settings = {key: value for key, value in leaves(call.resolved) if key not in VOLATILE}
     return json.loads(json.dumps({"stage": stage, "inputs": dict(inputs), "settings": settings}, default=str))
 
 
@@ -316,11 +316,3 @@ def _file_digest(path: Path) -> str:
 def _digest(digests: Mapping[str, str]) -> str:
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
