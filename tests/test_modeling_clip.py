@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from clip_data import VISION
 from tiny import tiny_clip_config
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel, CLIPModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from llm2clip import clip_init
 from llm2clip.modeling_clip import LLM2CLIPConfig, LLM2CLIPModel, TextAdapter
@@ -178,6 +188,25 @@ def test_other_vision_models_work(tmp_path: Path):
     assert depths["vision_model.embeddings.patch_embeddings.projection.weight"] == 0
     assert depths["vision_model.encoder.layer.1.mlp.fc1.weight"] == 2
     assert depths["vision_model.layernorm.weight"] == 3
+
+
+def test_siglip_gives_vision_model_logit_scale_and_bias(tmp_path: Path):
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    source = SiglipModel(
+        SiglipConfig(text_config={**shared, "vocab_size": 50}, vision_config={**shared, "image_size": 32})
+    )
+    with torch.no_grad():
+        source.logit_scale.fill_(4.5)
+        source.logit_bias.fill_(-16.0)
+    source.save_pretrained(tmp_path)
+    model = clip_init.init_llm2clip(str(tmp_path), small(logit_bias_init_value=clip_init.SIGLIP_BIAS))
+    assert_same_weights(model.vision_model, source.vision_model)
+    assert (model.logit_scale.item(), model.logit_bias.item()) == (4.5, -16.0)
+    assert model(*inputs()).image_embeds.shape == (3, 8)
+    assert (
+        clip_init.vision_layer("vision_model.head.attention.in_proj_weight", 2) == 3
+    )  # pooling comes after the blocks
 
 
 def test_llm2clip_directory_is_kept_whole(tmp_path: Path):
