@@ -174,7 +174,8 @@ class ContrastiveTrainer(Trainer):
         """Objective of one micro-batch; its scalars are kept for the next log line."""
         outputs = model(**inputs)
         values = self.objective(outputs)
-        self._window.append({name: value.detach().float() for name, value in values.items()})
+        # copies: a parameter among them is about to change
+        self._window.append({name: value.detach().to(torch.float32, copy=True) for name, value in values.items()})
         return (values["loss"], outputs) if return_outputs else values["loss"]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -228,7 +229,7 @@ class ContrastiveTrainer(Trainer):
                 f"the loss is not finite at step {first}; lower training.learning_rate or check the data"
             )
         if not math.isfinite(logs["grad_norm"]) and not self.args.fp16:  # fp16 skips such a step and goes on
-            raise RuntimeError(f"gradient not finite at step {step}; lower training.learning_rate")
+            raise RuntimeError(f"the gradient is not finite at step {step}; lower training.learning_rate")
         means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         metrics = {"step": step, **means, "grad_norm": logs["grad_norm"], "learning_rate": logs["learning_rate"]}
         seconds = time.perf_counter() - self._window_start
@@ -262,7 +263,7 @@ class ContrastiveTrainer(Trainer):
 
     # Interruption
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self) -> Any:  # type: ignore[override]
         """Train from the newest complete checkpoint, if there is one, to the end."""
         checkpoint = self._newest_checkpoint()
         step = 0

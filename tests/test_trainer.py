@@ -267,6 +267,15 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path
         assert int(checkpoint.name.rpartition("-")[2]) < bad_step
 
 
+def test_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path: Path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    scale = trainer.model.logit_scale
+    trainer.objective = lambda outputs: {"loss": outputs["image"].sum() + (scale - scale.detach()).abs().sqrt()}
+    with pytest.raises(RuntimeError, match="the gradient is not finite at step 1;"):
+        trainer.train()
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
 def test_last_interval_is_logged_though_it_is_shorter(tmp_path: Path):
     make_trainer(tmp_path, max_steps=7, logging_steps=3, save_strategy="no").train()
     every_step = tmp_path / "every"
@@ -279,6 +288,21 @@ def test_last_interval_is_logged_though_it_is_shorter(tmp_path: Path):
     assert [entry["step"] for entry in speed] == [3, 6, 7]
     assert all(entry["samples_per_second"] > 0 and entry["rss_gib"] > 0 for entry in speed)
     assert speed[-1]["eta_seconds"] == 0
+
+
+def test_logged_parameter_is_the_mean_of_what_the_steps_began_with(tmp_path: Path):
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=3, save_strategy="no")
+    trainer.objective = lambda outputs: {**objective(outputs), "logit_scale": trainer.model.logit_scale}
+    values = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            values.append(trainer.model.logit_scale.item())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert len(set(values)) == 3
+    assert_close(metrics(tmp_path)[0]["logit_scale"], sum(values) / 3)
 
 
 def test_moving_average_is_what_is_saved(tmp_path: Path):
