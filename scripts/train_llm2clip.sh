@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From captions to a vision tower: finetune-llm, extract-embeddings, train-clip, export, retrieval report.
 #   bash scripts/train_llm2clip.sh [CONFIG] [--arms NAME,...] [--STAGE.section.field VALUE ...]
-# Without CONFIG the demo: real drawings and captions, a real LLM, two CPU cores, about 20 minutes.
+# Without CONFIG the demo: real drawings and captions, a real LLM, two CPU cores.
 # A killed run continues where it stopped; a finished one is recognised.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh" demo
