@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
+DESCRIPTION = (IDENTITY, "config.yaml", "environment.json")
 VOLATILE = {
     "output_dir",
     "overwrite",
@@ -86,7 +87,9 @@ class RunDir:
             raise
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        if exc_type is not None and self._lock is not None:
+            self._unclaim()
         self._release()
 
     def finish(self, outputs: Iterable[str], **facts: Any) -> None:
@@ -142,6 +145,13 @@ class RunDir:
     def _describe(self) -> None:
         atomic_write(self.path / "config.yaml", yaml.safe_dump(self._call.resolved, sort_keys=False))
         atomic_write(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+    def _unclaim(self) -> None:
+        """Leave nothing behind if the stage failed before it wrote anything, so that mending the cause is enough."""
+        described = {self.path / name for name in DESCRIPTION}
+        if {entry for entry in self.path.iterdir() if not entry.name.startswith(".")} <= described:
+            for file in described:
+                file.unlink(missing_ok=True)
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -62,6 +62,22 @@ def test_unfinished_run_continues(tmp_path):
         assert (run.path / "half").exists()
 
 
+def test_failing_before_anything_is_written_leaves_nothing_to_overwrite(tmp_path):
+    with pytest.raises(ValueError, match="too small"), open_run(tmp_path):
+        raise ValueError("too small")
+    complete(tmp_path, "--size", "2")
+
+
+def test_failing_later_keeps_what_was_written(tmp_path):
+    with pytest.raises(RuntimeError), open_run(tmp_path) as run:
+        (run.path / "half").write_text("1")
+        raise RuntimeError
+    with open_run(tmp_path) as run:
+        assert (run.path / "half").exists()
+    with pytest.raises(ValueError, match="size was 1"):
+        open_run(tmp_path, "--size", "2").__enter__()
+
+
 @pytest.mark.parametrize(
     ("argv", "inputs", "named"),
     [
