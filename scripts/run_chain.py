@@ -10,7 +10,7 @@ the stages of one command, and `stages`, each with
     command     such as `llm2clip train-clip`
     arm         run only if this arm is asked for (optional)
     per_seed    run once for every seed, in NAME/seed-N (optional)
-    settings    the stage's configuration; `{root}`, `{seed}` and `{arms}` are filled in, a list item with `{seed}` in
+    settings    the stage's configuration; `{root}` and `{seed}` are filled in, a list item with `{seed}` in
                 a stage that is not per_seed becomes one item per seed, a mapping key or list item ending in
                 `?ARM` is dropped unless that arm is run
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import shlex
 import signal
 import subprocess
@@ -147,7 +148,7 @@ def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | 
     if isinstance(value, dict):
         kept = {}
         for key, item in value.items():
-            name, _, arm = str(key).partition("?")
+            name, arm = _split_arm(str(key))
             if not arm or arm in arms:
                 kept[name] = _fill(item, root, arms, seeds, seed)
         return kept
@@ -155,7 +156,7 @@ def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | 
         items: list[Any] = []
         for item in value:
             if isinstance(item, str):
-                item, _, arm = item.partition("?")
+                item, arm = _split_arm(item)
                 if arm and arm not in arms:
                     continue
             each_seed = seed is None and isinstance(item, str) and "{seed}" in item
@@ -164,8 +165,14 @@ def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | 
     if isinstance(value, str):
         if value == "{seed}":
             return seed
-        return value.replace("{root}", root).replace("{seed}", str(seed)).replace("{arms}", ",".join(arms))
+        return value.replace("{root}", root).replace("{seed}", str(seed))
     return value
+
+
+def _split_arm(text: str) -> tuple[str, str]:
+    """`NAME?ARM` -> (NAME, ARM); any other text, a question too, is left whole."""
+    found = re.fullmatch(r"(\w+)\?(\w+)", text)
+    return (found[1], found[2]) if found else (text, "")
 
 
 def check(steps: list[Step]) -> dict[str, StageCall]:
