@@ -12,11 +12,13 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
+
+from llm2clip.run_dir import atomic_write
 
 if TYPE_CHECKING:
     import datasets.table
@@ -38,6 +40,30 @@ class Problem(NamedTuple):
     def kind(self) -> str:
         """The part of the reason that is the same for all problems of the kind."""
         return self.reason.partition(":")[0]
+
+
+class HasProblems(Protocol):
+    """Data that was read from `path`, and what was left out of it."""
+
+    path: Path
+    problems: list[Problem]
+
+
+def skipped_line(data: Path, problem: Problem) -> str:
+    """A line of skipped.jsonl."""
+    return json.dumps({"data": str(data), "where": problem.where, "reason": problem.reason}) + "\n"
+
+
+def write_skipped(path: Path, sources: Iterable[HasProblems]) -> int:
+    """List what was left out of the data, once, with what `path` lists already.
+
+    Returns:
+        The number of lines.
+    """
+    lines = set(path.read_text(encoding="utf-8").splitlines(keepends=True)) if path.is_file() else set()
+    lines |= {skipped_line(source.path, problem) for source in sources for problem in source.problems}
+    atomic_write(path, "".join(sorted(lines)))
+    return len(lines)
 
 
 class ImageLocation(NamedTuple):

@@ -6,7 +6,6 @@ interrupted. Reads caption data (and embeddings); writes `skipped.jsonl` when im
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llm2clip.caption_data import CaptionData
+from llm2clip.caption_sources import Problem, skipped_line
 from llm2clip.embedding_store import CaptionRows, EmbeddingStore
 from llm2clip.images import ImageTransform
 
@@ -245,7 +245,7 @@ class ClipStream(Dataset):
         logger.warning("skipped: %s", reason)
         if self.skipped_file is not None:
             with open(self.skipped_file, "a", encoding="utf-8") as file:  # one write of one line: also with workers
-                file.write(json.dumps({"data": str(data.path), "where": data[row].id, "reason": reason}) + "\n")
+                file.write(skipped_line(data.path, Problem(data[row].id, reason)))
         if len(self._bad[source]) > max(1, self.max_bad_fraction * len(data)):
             raise ValueError(
                 f"{data.path}: {len(self._bad[source])} of {len(data)} images cannot be read, more than "

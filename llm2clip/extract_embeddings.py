@@ -8,7 +8,6 @@ it does not matter which process makes it, or when. Under `accelerate launch` pr
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from llm2clip.caption_data import CaptionData
+from llm2clip.caption_sources import write_skipped
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint, is_main_process
+from llm2clip.run_dir import RunDir, fingerprint, is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def run(call: StageCall[ExtractEmbeddingsConfig]) -> None:
             _wait_for_all(world_size)
             if is_main_process():
                 outputs, facts = writer.write_indices(sources)
-                _list_skipped(run_dir.path / "skipped.jsonl", sources)
+                write_skipped(run_dir.path / "skipped.jsonl", sources)
                 run_dir.finish(outputs, **facts)
         if config.verify and is_main_process():
             writer.verify()
@@ -173,13 +173,3 @@ def _wait_for_all(world_size: int) -> None:
         import torch.distributed as dist
 
         dist.barrier()
-
-
-def _list_skipped(path: Path, sources: Sequence[CaptionData]) -> None:
-    """Write what was left out of the data, one JSON object a line."""
-    problems = [
-        {"data": str(source.path), "where": problem.where, "reason": problem.reason}
-        for source in sources
-        for problem in source.problems
-    ]
-    atomic_write(path, "".join(json.dumps(problem) + "\n" for problem in problems))

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from llm2clip.caption_pairs import CaptionPairs, CaptionSource, TextPairs, TextSource, source_weights
+from llm2clip.caption_sources import write_skipped
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.mntp import MntpConfig
 from llm2clip.run_dir import RunDir, atomic_write, fingerprint
@@ -233,7 +234,8 @@ def _make_teacher(call: StageCall[FinetuneLLMConfig], run_dir: RunDir, sources: 
         merge_adapter(encoder.llm, adapter)
         spec.stages.append({"stage": "adapter", "name": adapter})
     if processes.is_main_process:
-        _write_skipped(run_dir.path, sources)
+        used = [*(pairs.data for pairs in sources.captions), *sources.texts, *sources.pools]
+        write_skipped(run_dir.path / "skipped.jsonl", used)
         if not (run_dir.path / CRA).is_file():  # else it was measured before a kill
             _write_cra(run_dir.path, {"before": _accuracies(config, sources, encoder)})
     processes.wait_for_everyone()
@@ -347,16 +349,6 @@ def _accuracies(config: FinetuneLLMConfig, sources: Sources, encoder: CaptionEnc
 
 def _write_cra(path: Path, cra: dict[str, Any]) -> None:
     atomic_write(path / CRA, json.dumps(cra, indent=2) + "\n")
-
-
-def _write_skipped(path: Path, sources: Sources) -> None:
-    """List the rows that could not be used."""
-    problems = [
-        {"source": str(data.path), "where": problem.where, "reason": problem.reason}
-        for data in [*(pairs.data for pairs in sources.captions), *sources.texts, *sources.pools]
-        for problem in data.problems
-    ]
-    atomic_write(path / "skipped.jsonl", "".join(json.dumps(problem) + "\n" for problem in problems))
 
 
 def _save(encoder: CaptionEncoder, path: Path) -> list[str]:

@@ -8,7 +8,6 @@ tokenizer), metrics.jsonl and speed.jsonl.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm2clip.caption_sources import write_skipped
 from llm2clip.clip_config import TrainClipConfig
 from llm2clip.config import StageCall, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint, is_main_process
+from llm2clip.run_dir import RunDir, fingerprint, is_main_process
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,6 +152,9 @@ def _train(
         processor.save_pretrained(run_dir.path)
         if tokenizer is not None:
             tokenizer.save_pretrained(run_dir.path)
+        num_skipped = write_skipped(run_dir.path / "skipped.jsonl", [source.data for source in sources])
+        if num_skipped:
+            logger.warning("%s: %d rows or captions were skipped, see skipped.jsonl", STAGE, num_skipped)
         run_dir.finish(
             sorted({path.name for pattern in MODEL_FILES for path in run_dir.path.glob(pattern)}),
             model_type=model.config.model_type,
@@ -160,7 +163,7 @@ def _train(
             num_steps=args.max_steps,
             global_batch_size=args.global_batch_size,
             num_images=num_samples,
-            num_skipped=_write_skipped(run_dir.path / "skipped.jsonl", [source.data for source in sources]),
+            num_skipped=num_skipped,
             parameters=parameters,
             metrics={name: value for name, value in trainer.state.log_history[-1].items() if name != "step"},
         )
@@ -272,19 +275,6 @@ def _learning_rates(config: TrainClipConfig, base: float) -> dict[str, float]:
         "logit_scale": None,
     }
     return {part: base if rate is None else rate for part, rate in given.items()}
-
-
-def _write_skipped(path: Path, data: Sequence[CaptionData]) -> int:
-    """List every skipped row once: those found on opening the data, and images found bad in training."""
-    lines = set(path.read_text(encoding="utf-8").splitlines(keepends=True)) if path.is_file() else set()
-    for source in data:
-        for problem in source.problems:
-            entry = {"data": str(source.path), "where": problem.where, "reason": problem.reason}
-            lines.add(json.dumps(entry) + "\n")
-    atomic_write(path, "".join(sorted(lines)))
-    if lines:
-        logger.warning("%s: %d rows or captions were skipped, see %s", STAGE, len(lines), path)
-    return len(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -269,7 +269,7 @@ def test_bad_rows_are_listed(root: Path, tmp_path: Path) -> None:
         make(root, tmp_path / "strict", **sources)
     run = make(root, tmp_path / "run", **sources, max_bad_fraction=0.2, training={"max_steps": 1})
     skipped = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
-    assert {entry["source"] for entry in skipped} == {str(data), str(texts)}
+    assert {entry["data"] for entry in skipped} == {str(data), str(texts)}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class DemoConfig(packages.PackageConfig):
     """Pictures of each training scene: other styles, places and background under the same captions."""
     num_singles: int = 12000
     """Training pictures of one concept each."""
+    num_layout_pairs: int = 2000
+    """Texts that differ in where things are, for caption-contrastive tuning."""
     num_raw_captions: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of raw captions that a training scene may have, equally likely."""
     num_long_captions: list[int] = field(default_factory=lambda: [2, 3])
@@ -154,6 +156,9 @@ def _build(config: DemoConfig, folder: Path) -> dict[str, Any]:
     _write_captions(folder, parts)
     pairs = training.text_pairs(recipe)
     atomic_write(folder / "train" / "text_pairs.jsonl", _jsonl(pairs))
+    atomic_write(
+        folder / "train" / "layout_pairs.jsonl", _jsonl(training.layout_pairs(recipe, config.num_layout_pairs))
+    )
     _write_images(folder, parts, drawings, config.seed)
     logger.info("data demo: %d pictures, %.1f s", sum(map(len, parts.values())), time.monotonic() - start)
     facts = sheet.facts(parts, concepts, pairs, config.tokenizer)

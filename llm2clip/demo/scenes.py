@@ -136,6 +136,25 @@ def sample_composition(
     )
 
 
+def rearrange(rng: Random, groups: Groups, grid: int, cell_rule: CellRule = seen_cell) -> Groups | None:
+    """The same objects in other places: half of the time in each other's, else anywhere.
+
+    Returns:
+        The scene, or None when the rules left no way on.
+    """
+    everywhere = [(row, column) for row in range(grid) for column in range(grid)]
+    occupied = [cell for group in groups for cell in group.cells]
+    for _ in range(ATTEMPTS):
+        free = rng.sample(occupied, len(occupied)) if rng.random() < 0.5 else rng.sample(everywhere, len(occupied))
+        moved: list[Group] = []
+        for group in groups:
+            moved.append(Group(group.concept, tuple(sorted(free[: group.count]))))
+            free = free[group.count :]
+        if tuple(moved) != groups and all(cell_rule(group.concept, cell) for group in moved for cell in group.cells):
+            return tuple(moved)
+    return None
+
+
 class DistinctScenes:
     """Remembers the object sets of a pool, so that no scene's set contains another's."""
 

@@ -8,11 +8,13 @@ from random import Random
 from llm2clip.demo import captions
 from llm2clip.demo.concepts import shared_keywords
 from llm2clip.demo.recipe import ATTEMPTS, Item, Recipe, caption, slug
-from llm2clip.demo.scenes import Group, Groups, sample, seen_cell
+from llm2clip.demo.scenes import Group, Groups, rearrange, sample, seen_cell
 from llm2clip.demo.wording import with_article
 
 LARGE_CAPTION_SETS = 4
 """Enlarged drawings of one concept share this many sets of captions."""
+NUM_LAYOUT_SETS = 12
+"""Sets of objects among the layout pairs: a batch of 64 holds about five pairs of each."""
 
 
 def training_scenes(recipe: Recipe, count: int, renderings: int) -> Iterator[Item]:
@@ -100,4 +102,27 @@ def text_pairs(recipe: Recipe) -> list[dict[str, str]]:
         own.append({"query": name, "positive": with_article(concept.category), "kind": "category"})
         assert not any(recipe.gives_away(f"{pair['query']}, {pair['positive']}", [concept]) for pair in own), concept
         pairs += own
+    return pairs
+
+
+def layout_pairs(recipe: Recipe, count: int) -> list[dict[str, str]]:
+    """Pairs of long captions of one scene, for scenes that show few sets of objects in ever other places.
+
+    Objects alone tell random scenes apart, and an encoder tuned on those only forgets where things are. In a batch of
+    these pairs it is the places that tell captions apart.
+    """
+    pairs = []
+    for number in range(count):
+        name = ("train", "layout", number % NUM_LAYOUT_SETS)
+        shown = next(filter(None, (sample(recipe.rng(*name, n), recipe.train, recipe.grid) for n in range(ATTEMPTS))))
+        for attempt in range(ATTEMPTS):
+            rng = recipe.rng(*name, number, attempt)
+            if not (moved := rearrange(rng, shown, recipe.grid)):
+                continue
+            texts = [caption("long", moved, captions.training_phrase, recipe.grid, rng) for _ in range(2)]
+            if texts[0] != texts[1] and not any(
+                recipe.gives_away(text, [group.concept for group in moved]) for text in texts
+            ):
+                pairs.append({"query": texts[0], "positive": texts[1]})
+                break
     return pairs
