@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
@@ -120,6 +121,7 @@ def tune_encoder(
     *,
     batches: Literal["one_source", "mixed"],
     lora: dict[str, Any],
+    merge_share: float,
     loss: dict[str, Any],
     length_groups: int,
 ) -> ContrastiveTrainer:
@@ -132,6 +134,7 @@ def tune_encoder(
         weights: share of each source.
         batches: see `PairStream`.
         lora: settings of `add_lora`.
+        merge_share: how much of the learned change is merged, 1 for all.
         loss: settings of `caption_loss`.
         length_groups: see `PairCollator`.
 
@@ -163,6 +166,9 @@ def tune_encoder(
         objective=partial(caption_loss, **loss),
     )
     trainer.train()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(merge_share)
     model.merge_and_unload()  # type: ignore[operator]
     encoder.spec.stages.append(
         {
@@ -170,6 +176,7 @@ def tune_encoder(
             "num_steps": training.max_steps,
             "global_batch_size": training.global_batch_size,
             "lora": lora,
+            "merge_share": merge_share,
             "loss": loss,
         }
     )

@@ -123,6 +123,9 @@ class FinetuneLLMConfig(StageConfig):
     tune: bool = True
     """false: write the LLM, bidirectional and pooled, as a teacher without any training."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    merge_share: float = 1.0
+    """Share of the learned change that is merged. Less than 1 keeps more of what the LLM had, such as where things are
+    (weights between old and new, as in WiSE-FT, arXiv 2109.01903)."""
     loss: LossSettings = field(default_factory=LossSettings)
     mntp: MntpConfig | None = None
     """Train masked next token prediction first; off in the paper."""
@@ -161,6 +164,8 @@ class FinetuneLLMConfig(StageConfig):
         ):
             if value <= 0:
                 problems.append(f"{key} is {value}, expected more than 0")
+        if not 0 < self.merge_share <= 1:
+            problems.append(f"merge_share is {self.merge_share}, expected more than 0 and at most 1")
         labels = [pool.label for pool in self.evaluation]
         if len(set(labels)) < len(labels):
             problems.append(f"evaluation: names must differ, got {labels}")
@@ -267,6 +272,7 @@ def _make_teacher(call: StageCall[FinetuneLLMConfig], run_dir: RunDir, sources: 
             source_weights([*config.captions, *config.texts], [len(source) for source in pairs]),
             batches=config.batches,
             lora=asdict(config.lora),
+            merge_share=config.merge_share,
             loss=asdict(config.loss),
             length_groups=config.length_groups,
         )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +19,33 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
+def command(root: Path, *argv: str) -> list[str]:
+    return [sys.executable, "scripts/run_chain.py", "configs/smoke/llm2clip.yaml", "--root", str(root), *argv]
+
+
 def chain(root: Path, *argv: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/run_chain.py", "configs/smoke/llm2clip.yaml", "--root", str(root), *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command(root, *argv), cwd=ROOT, capture_output=True, text=True)
+
+
+def fingerprints(root: Path) -> dict[str, str]:
+    """Content digest of every stage's output."""
+    return {
+        str(path.parent.relative_to(root)): json.loads(path.read_text())["fingerprint"]
+        for path in root.rglob("manifest.json")
+    }
+
+
+def kill_during(root: Path, stage: str, seconds: float) -> None:
+    """Start the chain, and kill -9 all of its processes some time after a stage has begun."""
+    process = subprocess.Popen(
+        command(root), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    assert process.stdout
+    assert any(f"] {stage} (" in line for line in process.stdout), "the chain ended before this stage"
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +112,19 @@ def test_changed_setting_is_refused_and_nothing_is_lost(finished):
     assert result.returncode == 2
     assert "training.max_steps was 6, is now 7" in result.stderr
     assert (root / "clip-llm2clip/seed-0/manifest.json").is_file()
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished):
+    """Last, because it runs the chain anew where the others look; at the same path, which some files name."""
+    root, printed = finished
+    wanted = fingerprints(root)
+    durations = {name: int(seconds) for name, seconds in re.findall(r"\] (\S+) \(.*\): (\d+) s", printed)}
+    assert len(durations) >= 13
+    shutil.rmtree(root)
+    rng = random.Random(0)
+    for stage, duration in durations.items():
+        if stage != "assets":
+            kill_during(root, stage, rng.uniform(0.1, 0.9) * duration)
+    result = chain(root)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert fingerprints(root) == wanted

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from llm2clip.caption_data import CaptionData
-from llm2clip.demo import build, concepts, packages, scenes
+from llm2clip.demo import build, concepts, packages, scenes, training
 from llm2clip.run_dir import read_manifest
 
 SMALL = ["--num_concepts=120", "--num_scenes=60", "--num_renderings=2", "--num_singles=300", "--languages=[de,zh]"]
-SMALL += ["--num_val_scenes=12", "--num_test_scenes=12"]
+SMALL += ["--num_val_scenes=12", "--num_test_scenes=12", "--num_layout_pairs=100"]
 ALL = ("openmoji", "emoji", "fluent", "noto", "cldr")
 
 
@@ -115,6 +115,39 @@ def test_training_texts_use_no_held_out_wording(data, known):
         if name in by_name:
             check(f"{pair['query']} {pair['positive']}", [by_name[name]])
     assert sum(words(re.sub(r"^(an?|the) ", "", pair["query"])) in by_name for pair in pairs) > len(by_name)
+
+
+def test_layout_pairs_tell_the_same_things_in_other_places(data, known):
+    pairs = [json.loads(line) for line in (data / "train" / "layout_pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 100
+    names = {key: words(concepts.bare(concept.name)) for key, concept in known.items() if concept.split == "train"}
+    for pair in pairs:
+        assert pair["query"] != pair["positive"]
+    for first in range(training.NUM_LAYOUT_SETS):
+        same_objects = pairs[first :: training.NUM_LAYOUT_SETS]
+        assert len({pair["query"] for pair in same_objects}) == len(same_objects) > 3
+        named = [{key for key, name in names.items() if name in words(pair["query"])} for pair in same_objects]
+        assert set.union(*named), "none of the captions of a set calls a thing by its name"
+        for pair in same_objects:
+            text = words(f"{pair['query']} {pair['positive']}")
+            held_out = [
+                phrase for key in set.union(*named) for s in ("val", "test") for phrase in known[key].wordings[s]
+            ]
+            assert not any(words(concepts.bare(phrase)) in text for phrase in held_out)
+
+
+def test_rearranged_scenes_show_the_same_things_in_allowed_cells(known):
+    things = [concept for concept in known.values() if concept.split == "train"]
+    for seed in range(50):
+        rng = Random(seed)
+        shown = scenes.sample(rng, things, 3)
+        assert shown
+        moved = scenes.rearrange(rng, shown, 3)
+        assert moved and moved != shown
+        assert [(group.concept, group.count) for group in moved] == [(group.concept, group.count) for group in shown]
+        cells = [cell for group in moved for cell in group.cells]
+        assert len(set(cells)) == len(cells)
+        assert all(scenes.seen_cell(group.concept, cell) for group in moved for cell in group.cells)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

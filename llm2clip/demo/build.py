@@ -1,7 +1,7 @@
 """`llm2clip data demo`: build the demo's images and captions from ordinary packages.
 
-Writes `train/scenes/`, `train/singles/` and `train/text_pairs.jsonl`, `pools/{val,test}/<pool>/`, each a directory
-of caption data, and `contact_sheet.png`, `data_card.md`, `sources.json`.
+Writes `train/scenes/`, `train/singles/`, `train/text_pairs.jsonl` and `train/layout_pairs.jsonl`,
+`pools/{val,test}/<pool>/`, each a directory of caption data, and `contact_sheet.png`, `data_card.md`, `sources.json`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DemoConfig(packages.PackageConfig):
     num_singles: int = 12000
     """Training pictures of one concept each."""
     num_layout_pairs: int = 2000
-    """Texts that differ in where things are, for caption-contrastive tuning."""
+    """Pairs of texts that differ from others in where things are, for caption-contrastive tuning."""
     num_raw_captions: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of raw captions that a training scene may have, equally likely."""
     num_long_captions: list[int] = field(default_factory=lambda: [2, 3])
@@ -156,12 +156,11 @@ def _build(config: DemoConfig, folder: Path) -> dict[str, Any]:
     _write_captions(folder, parts)
     pairs = training.text_pairs(recipe)
     atomic_write(folder / "train" / "text_pairs.jsonl", _jsonl(pairs))
-    atomic_write(
-        folder / "train" / "layout_pairs.jsonl", _jsonl(training.layout_pairs(recipe, config.num_layout_pairs))
-    )
+    layout = training.layout_pairs(recipe, config.num_layout_pairs)
+    atomic_write(folder / "train" / "layout_pairs.jsonl", _jsonl(layout))
     _write_images(folder, parts, drawings, config.seed)
     logger.info("data demo: %d pictures, %.1f s", sum(map(len, parts.values())), time.monotonic() - start)
-    facts = sheet.facts(parts, concepts, pairs, config.tokenizer)
+    facts = sheet.facts(parts, concepts, [*pairs, *layout], config.tokenizer)
     sheet.contact_sheet(folder, parts)
     sheet.data_card(folder, facts, packages.TABLE, found)
     return facts

@@ -149,7 +149,7 @@ def data_card(
             )
     lines += [
         "",
-        f"`train/text_pairs.jsonl`: {_listed(counts['text_pairs'])}.",
+        f"`train/text_pairs.jsonl` and `train/layout_pairs.jsonl`: {_listed(counts['text_pairs'])}.",
         "",
         "## Sources",
         "| package | licence | holds | used |",

@@ -106,7 +106,7 @@ def text_pairs(recipe: Recipe) -> list[dict[str, str]]:
 
 
 def layout_pairs(recipe: Recipe, count: int) -> list[dict[str, str]]:
-    """Pairs of long captions of one scene, for scenes that show few sets of objects in ever other places.
+    """Pairs of long captions of one scene; the scenes show few sets of objects in ever other places.
 
     Objects alone tell random scenes apart, and an encoder tuned on those only forgets where things are. In a batch of
     these pairs it is the places that tell captions apart.
@@ -123,6 +123,6 @@ def layout_pairs(recipe: Recipe, count: int) -> list[dict[str, str]]:
             if texts[0] != texts[1] and not any(
                 recipe.gives_away(text, [group.concept for group in moved]) for text in texts
             ):
-                pairs.append({"query": texts[0], "positive": texts[1]})
+                pairs.append({"query": texts[0], "positive": texts[1], "kind": "layout"})
                 break
     return pairs

@@ -28,7 +28,6 @@ HEAD_END = re.compile(
 )
 
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
-OTHER_ROWS = {"top": "upper", "bottom": "lower", "middle": "middle"}
 COLUMNS = {2: ("left", "right"), 3: ("left", "center", "right")}
 
 
@@ -110,22 +109,13 @@ def capitalise(sentence: str) -> str:
 def place(cell: Cell, grid: int, rng: Random) -> str:
     """Where a cell is, in one of several wordings: `in the upper left corner`."""
     row, column = ROWS[grid][cell[0]], COLUMNS[grid][cell[1]]
-    other = OTHER_ROWS[row]
     if row == "middle" and column == "center":
-        return rng.choice(("in the center", "in the middle", "at the very center", "in the central spot"))
+        return rng.choice(("in the center", "in the middle"))
     if row == "middle":
-        return rng.choice(
-            (f"at the {column} edge", f"halfway down on the {column}", f"in the middle row on the {column}",
-             f"at the center {column}")
-        )  # fmt: skip
+        return rng.choice((f"at the center {column}", f"in the middle row on the {column}"))
     if column == "center":
-        return rng.choice(
-            (f"at the {row} center", f"in the middle of the {row} row", f"centered at the {row}", f"at the {row} edge")
-        )
-    return rng.choice(
-        (f"in the {row} {column} corner", f"at the {other} {column}", f"in the {other} {column} corner",
-         f"at the {row} {column}", f"in the {row} row on the {column}")
-    )  # fmt: skip
+        return rng.choice((f"at the {row} center", f"in the middle of the {row} row"))
+    return rng.choice((f"at the {row} {column}", f"in the {row} {column} corner"))
 
 
 def relation(cell: Cell, other: Cell, rng: Random) -> str:
