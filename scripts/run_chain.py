@@ -176,7 +176,7 @@ def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | 
 
 def _split_arm(text: str) -> tuple[str, str]:
     """`NAME?ARM` -> (NAME, ARM); any other text, a question too, is left whole."""
-    found = re.fullmatch(r"(\w+)\?(\w+)", text)
+    found = re.fullmatch(r"(.+)\?(\w+)", text)
     return (found[1], found[2]) if found else (text, "")
 
 

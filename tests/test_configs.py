@@ -76,7 +76,7 @@ def test_every_stage_of_a_chain_parses(path, run_chain, tmp_path):
 
 def test_all_arms_parse_together(run_chain, tmp_path):
     path = ROOT / "configs" / "demo" / "llm2clip.yaml"
-    arms = "vanilla,continued,llm2clip,untuned,lit"
+    arms = "vanilla,continued,llm2clip,untuned,equal_time,lit"
     chain, _ = run_chain.read_chain([str(path), "--root", str(tmp_path), "--arms", arms, "--seeds", "0,1"])
     steps = run_chain.plan(chain)
     calls = run_chain.check(steps)
