@@ -10,5 +10,5 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
-# glibc keeps freed memory instead of giving it back at every step: CPU training is 3 to 7 % faster.
+# glibc keeps freed memory instead of giving it back at every step (docs/benchmarks.md).
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=536870912

@@ -27,11 +27,12 @@ def chain(root: Path, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(root, *argv), cwd=ROOT, capture_output=True, text=True)
 
 
-def fingerprints(root: Path) -> dict[str, str]:
-    """Content digest of every stage's output."""
+def results(root: Path) -> dict[str, str]:
+    """Content digest of every stage's output; of the report, which tells how long things took, the headline."""
     return {
-        str(path.parent.relative_to(root)): json.loads(path.read_text())["fingerprint"]
+        str(path.parent.relative_to(root)): manifest["headline" if path.parent.name == "report" else "fingerprint"]
         for path in root.rglob("manifest.json")
+        if (manifest := json.loads(path.read_text()))
     }
 
 
@@ -117,7 +118,7 @@ def test_changed_setting_is_refused_and_nothing_is_lost(finished):
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished):
     """Last, because it runs the chain anew where the others look; at the same path, which some files name."""
     root, printed = finished
-    wanted = fingerprints(root)
+    wanted = results(root)
     durations = {name: int(seconds) for name, seconds in re.findall(r"\] (\S+) \(.*\): (\d+) s", printed)}
     assert len(durations) >= 13
     shutil.rmtree(root)
@@ -127,4 +128,4 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished):
             kill_during(root, stage, rng.uniform(0.1, 0.9) * duration)
     result = chain(root)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert fingerprints(root) == wanted
+    assert results(root) == wanted
