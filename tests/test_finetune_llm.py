@@ -109,6 +109,14 @@ def test_teacher_is_an_ordinary_directory_with_lora_merged(teacher: Path, root: 
     assert [stage["stage"] for stage in spec.stages] == ["caption-contrastive"]
 
 
+def test_merge_share_leaves_the_weights_between_old_and_new(teacher: Path, root: Path, tmp_path: Path) -> None:
+    partly = AutoModel.from_pretrained(make(root, tmp_path / "partly", merge_share=0.25))
+    new, old = AutoModel.from_pretrained(teacher), AutoModel.from_pretrained(root / "llm")
+    for name, weight in partly.state_dict().items():
+        expected = torch.lerp(old.state_dict()[name], new.state_dict()[name], 0.25)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6, msg=name)
+
+
 def test_reported_accuracy_is_that_of_the_directory(teacher: Path, root: Path) -> None:
     queries, positives = caption_pool(CaptionData.open(root / "data"), "raw", "long")
     again = caption_retrieval_accuracy(CaptionEncoder.from_pretrained(teacher), queries, positives)
@@ -224,6 +232,7 @@ def test_both_published_recipes_parse(tmp_path: Path) -> None:
         ({"captions": [{"path": "x"}]}, ["give one to every source or to none"]),
         ({"model": {"chat_prefix": "User: "}}, ["need model.chat custom, it is template"]),
         ({"lora": {"rank": 0}, "length_groups": 0}, ["lora.rank is 0", "length_groups is 0"]),
+        ({"merge_share": 0.0}, ["merge_share is 0.0, expected more than 0 and at most 1"]),
         (
             {"captions": [{"path": "x", "weight": 1, "pairs": [{"weight": -1}]}]},
             ["weights .-1.0., expected one above 0"],
