@@ -107,7 +107,7 @@ def capitalise(sentence: str) -> str:
 
 
 def place(cell: Cell, grid: int, rng: Random) -> str:
-    """Where a cell is, in one of several wordings: `in the upper left corner`."""
+    """Where a cell is, in one of two wordings: `in the top left corner`."""
     row, column = ROWS[grid][cell[0]], COLUMNS[grid][cell[1]]
     if row == "middle" and column == "center":
         return rng.choice(("in the center", "in the middle"))
