@@ -115,6 +115,7 @@ def test_changed_setting_is_refused_and_nothing_is_lost(finished):
     assert (root / "clip-llm2clip/seed-0/manifest.json").is_file()
 
 
+@pytest.mark.timeout(1800)
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished):
     """Last, because it runs the chain anew where the others look; at the same path, which some files name."""
     root, printed = finished
