@@ -136,8 +136,8 @@ def sample_composition(
     )
 
 
-def rearrange(rng: Random, groups: Groups, grid: int, cell_rule: CellRule = seen_cell) -> Groups | None:
-    """The same objects in other places: half of the time in each other's, else anywhere.
+def rearrange(rng: Random, groups: Groups, grid: int) -> Groups | None:
+    """The same objects in other places that training may show: half of the time in each other's, else anywhere.
 
     Returns:
         The scene, or None when the rules left no way on.
@@ -150,7 +150,7 @@ def rearrange(rng: Random, groups: Groups, grid: int, cell_rule: CellRule = seen
         for group in groups:
             moved.append(Group(group.concept, tuple(sorted(free[: group.count]))))
             free = free[group.count :]
-        if tuple(moved) != groups and all(cell_rule(group.concept, cell) for group in moved for cell in group.cells):
+        if tuple(moved) != groups and all(seen_cell(group.concept, cell) for group in moved for cell in group.cells):
             return tuple(moved)
     return None
 

@@ -111,13 +111,16 @@ def layout_pairs(recipe: Recipe, count: int) -> list[dict[str, str]]:
     Objects alone tell random scenes apart, and an encoder tuned on those only forgets where things are. In a batch of
     these pairs it is the places that tell captions apart.
     """
+    names = [("train", "layout", number) for number in range(NUM_LAYOUT_SETS)]
+    sets = [
+        next(filter(None, (sample(recipe.rng(*name, n), recipe.train, recipe.grid) for n in range(ATTEMPTS))))
+        for name in names
+    ]
     pairs = []
     for number in range(count):
-        name = ("train", "layout", number % NUM_LAYOUT_SETS)
-        shown = next(filter(None, (sample(recipe.rng(*name, n), recipe.train, recipe.grid) for n in range(ATTEMPTS))))
         for attempt in range(ATTEMPTS):
-            rng = recipe.rng(*name, number, attempt)
-            if not (moved := rearrange(rng, shown, recipe.grid)):
+            rng = recipe.rng(*names[number % NUM_LAYOUT_SETS], number, attempt)
+            if not (moved := rearrange(rng, sets[number % NUM_LAYOUT_SETS], recipe.grid)):
                 continue
             texts = [caption("long", moved, captions.training_phrase, recipe.grid, rng) for _ in range(2)]
             if texts[0] != texts[1] and not any(
