@@ -1,4 +1,4 @@
-"""Tuning a caption encoder by the caption contrastive loss, on `ContrastiveTrainer`."""
+"""Tuning a caption encoder by the caption contrastive loss, on `StageTrainer`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llm2clip.caption_loss import PairFeatures, caption_loss
 from llm2clip.caption_pairs import PairExample, PairSource, PairStream, text_key
 from llm2clip.llm import add_lora
 from llm2clip.teacher import CaptionEncoder, CaptionTokenizer
-from llm2clip.trainer import ContrastiveTrainer, ContrastiveTrainingArguments
+from llm2clip.trainer import StageTrainer, StageTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TeacherTrainingArguments(ContrastiveTrainingArguments):
+class TeacherTrainingArguments(StageTrainingArguments):
     """Defaults of LLM2CLIP `llm_caption_contrastive/train_configs/supervised/MetaLlama3_cc3m.json`, 8 processes."""
 
     per_device_train_batch_size: int = 64
@@ -124,7 +124,7 @@ def tune_encoder(
     merge_share: float,
     loss: dict[str, Any],
     length_groups: int,
-) -> ContrastiveTrainer:
+) -> StageTrainer:
     """Train LoRA on the encoder, merge it, and record the stage in its spec.
 
     Args:
@@ -158,7 +158,7 @@ def tune_encoder(
         *(" + ".join(str(len(source)) for source in pairs), training.max_steps, training.global_batch_size),
         *(lora["num_layers"] or encoder.spec.num_hidden_layers, encoder.spec.num_hidden_layers, trainable / 1e6),
     )
-    trainer = ContrastiveTrainer(
+    trainer = StageTrainer(
         model=model,
         args=training,
         train_dataset=stream,  # type: ignore[arg-type]  # map-style by its methods

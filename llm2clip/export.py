@@ -19,6 +19,7 @@ from typing import Any
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.vision_tower import load_vision_model, write_tower
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ MAX_DIFFERENCE = 1e-6
 """Of features in float32, relative where they exceed one."""
 MAX_GREY_LEVELS = 2.0
 """transformers' torchvision and PIL backends differ by one grey level, and interpolation by another."""
-PREFIXED = {"clip_vision_model": "vision_model.", "siglip_vision_model": "vision_model."}
-"""Model types whose tensors transformers 4.x expects below `vision_model.`; 5.x dropped that level but reads both. A
-tower without the prefix loads in 4.x as a random one, with only a warning."""
 
 
 @dataclass(kw_only=True)
@@ -76,49 +74,6 @@ def run(call: StageCall[ExportConfig]) -> None:
             model_type=vision_model.config.model_type,
             num_parameters=sum(parameter.numel() for parameter in vision_model.parameters()),
         )
-
-
-def load_vision_model(clip: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Load the vision model and the image processor of a CLIP directory, or of a vision model's own.
-
-    Raises:
-        ValueError: if there is no such model, or no image processor beside it.
-    """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
-
-    import llm2clip.modeling_clip  # noqa: F401  # registers LLM2CLIPModel with AutoModel
-
-    try:
-        config = AutoConfig.from_pretrained(clip)
-        processor = AutoImageProcessor.from_pretrained(clip)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{clip} holds no model with its image processor ({error}); expected config.json, model.safetensors and "
-            "preprocessor_config.json, as train-clip writes them"
-        ) from error
-    model = AutoModel.from_pretrained(clip)
-    vision_model = model.vision_model if "vision_config" in config.to_dict() else model
-    return vision_model.eval(), processor
-
-
-def write_tower(vision_model: PreTrainedModel, processor: BaseImageProcessor, tower: Path) -> None:
-    """Write config, weights and image processor so that transformers 4.57 and 5.x read all of it."""
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModel
-
-    config = vision_model.config
-    # A fresh model: how save_pretrained names tensors depends on how the model at hand was once loaded.
-    stock = AutoModel.from_config(config).to(vision_model.dtype)
-    stock.load_state_dict(vision_model.state_dict())
-    stock.save_pretrained(tower, max_shard_size="1TB")
-    weights = tower / "model.safetensors"
-    if prefix := PREFIXED.get(config.model_type):
-        tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in load_file(weights).items()}
-        save_file(tensors, weights, metadata={"format": "pt"})
-    settings = processor.to_dict()
-    # Backend suffixes are of 5.x (Pil) or of 4.5x (Fast); the plain name exists in both.
-    settings["image_processor_type"] = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
-    atomic_write(tower / "preprocessor_config.json", json.dumps(settings, indent=2, default=str) + "\n")
 
 
 def verify_tower(tower: Path, vision_model: PreTrainedModel, processor: BaseImageProcessor) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def train_mntp(
     from transformers import AutoModelForCausalLM, set_seed
 
     from llm2clip.llm import add_lora, load_llm, merge_adapter, save_decoder_adapter
-    from llm2clip.trainer import ContrastiveTrainer
+    from llm2clip.trainer import StageTrainer
 
     llm, tokenizer = load_llm(AutoModelForCausalLM, **load)
     for adapter in adapters:
@@ -220,7 +220,7 @@ def train_mntp(
     set_seed(args.seed)  # LoRA starts from random numbers
     model = add_lora(llm, llm.base_model, **lora)
     output_dir.mkdir(parents=True, exist_ok=True)
-    trainer = ContrastiveTrainer(
+    trainer = StageTrainer(
         model=model,
         args=args,
         train_dataset=blocks,  # type: ignore[arg-type]  # map-style by its methods

@@ -81,7 +81,7 @@ def write_model_card(tower: Path, clip: str, vision_model: PreTrainedModel, veri
         origin="" if history else f"Exported from `{Path(clip).name}`, which records no history.",
         transformers=verification["transformers"],
         difference=max(max(result["difference"].values()) for result in verification["classes"].values()),
-        stages="\n".join(_row(directory, manifest) for directory, manifest in history) or "| not recorded | | |",
+        stages="\n".join(stage_row(directory, manifest) for directory, manifest in history) or "| not recorded | | |",
         version=__version__,
     )
     atomic_write(tower / "README.md", card)
@@ -114,6 +114,6 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _row(directory: Path, manifest: Mapping[str, Any]) -> str:
+def stage_row(directory: Path, manifest: Mapping[str, Any]) -> str:
     reads = ", ".join(f"{name} `{str(digest)[:12]}`" for name, digest in manifest.get("inputs", {}).items())
     return f"| {manifest.get('stage', 'data')} ({directory.name}) | `{manifest['fingerprint'][:12]}` | {reads} |"

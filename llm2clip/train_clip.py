@@ -104,7 +104,7 @@ def _train(
     from llm2clip.clip_dataset import EmbeddingCollator, TextCollator
     from llm2clip.losses import ClipObjective
     from llm2clip.patch_pca import init_patch_embedding
-    from llm2clip.trainer import ClampLogitScale, ClipTrainingArguments, ContrastiveTrainer
+    from llm2clip.trainer import ClampLogitScale, ClipTrainingArguments, StageTrainer
 
     config, args = call.config, call.training
     assert isinstance(args, ClipTrainingArguments)
@@ -131,7 +131,7 @@ def _train(
         "%s: %d images in %d sources, %d steps of %d", STAGE, num_samples, len(sources), args.max_steps,
         args.global_batch_size,
     )  # fmt: skip
-    trainer = ContrastiveTrainer(
+    trainer = StageTrainer(
         model=model,
         args=args,
         train_dataset=stream,

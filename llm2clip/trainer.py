@@ -1,4 +1,4 @@
-"""Contrastive training on transformers' Trainer: deterministic for a seed, exactly resumable, quiet.
+"""Training on transformers' Trainer: deterministic for a seed, exactly resumable, quiet.
 
 Reads a stream of samples and a model; writes `metrics.jsonl` (a pure function of configuration and seed),
 `speed.jsonl` (what depends on the machine) and `checkpoints/` below the run directory.
@@ -34,13 +34,14 @@ logger = logging.getLogger(__name__)
 COMPLETE = "complete"  # a checkpoint without this file was cut off while it was written
 EMA_STATE = "ema.pt"
 
+Scalars = dict[str, float]
 Objective = Callable[[Any], dict[str, torch.Tensor]]
 """Model output -> named scalars; `loss` is what is minimised, all of them are logged as means over the interval."""
 
 
 @dataclass
-class ContrastiveTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what a contrastive stage needs; checkpoints go to `<run directory>/checkpoints`."""
+class StageTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what every stage needs; checkpoints go to `<run directory>/checkpoints`."""
 
     logging_steps: float = 10
     remove_unused_columns: bool = False
@@ -82,7 +83,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class ClipTrainingArguments(ContrastiveTrainingArguments):
+class ClipTrainingArguments(StageTrainingArguments):
     """Settings of train-clip; defaults are LLM2CLIP's `run.sh`, with the paper's 4 epochs (run.sh says 20)."""
 
     per_device_train_batch_size: int = 512  # on 8 GPUs: 4096
@@ -93,8 +94,8 @@ class ClipTrainingArguments(ContrastiveTrainingArguments):
     max_grad_norm: float = 5.0
 
 
-class ContrastiveTrainer(Trainer):
-    """Trainer for losses over the whole batch.
+class StageTrainer(Trainer):
+    """Trainer of every stage that trains.
 
     The training data is a finite stream: a map-style dataset of `max_steps * global_batch_size` positions, read in
     order. Every sample is a pure function of its position, so the data are the same for any number of workers,
@@ -105,7 +106,7 @@ class ContrastiveTrainer(Trainer):
         args: settings; `max_steps` must be set.
         train_dataset: the stream of samples.
         data_collator: list of samples -> dict of tensors.
-        objective: model output -> named scalars, see `Objective`.
+        objective: model output -> named scalars, see `Objective`; None if a subclass has its own `compute_loss`.
         lr_scale: parameter name -> factor on the learning rate; default 1 for all.
         ema_decay: keep an exponential moving average of the weights, which `save_final` then writes.
         callbacks: called before the trainer's own bookkeeping.
@@ -114,17 +115,17 @@ class ContrastiveTrainer(Trainer):
         ValueError: if one process sees several GPUs (it would split the batch, and with it the negatives).
     """
 
-    args: ContrastiveTrainingArguments  # type: ignore[assignment]
+    args: StageTrainingArguments  # type: ignore[assignment]
     model: Any  # type: ignore[assignment]  # PreTrainedModel or any other module
 
     def __init__(
         self,
         *,
         model: nn.Module,
-        args: ContrastiveTrainingArguments,
+        args: StageTrainingArguments,
         train_dataset: Dataset,
         data_collator: Callable[[list[Any]], Mapping[str, Any]],
-        objective: Objective,
+        objective: Objective | None = None,
         lr_scale: Callable[[str], float] | None = None,
         ema_decay: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -173,10 +174,27 @@ class ContrastiveTrainer(Trainer):
     ) -> Any:
         """Objective of one micro-batch; its scalars are kept for the next log line."""
         outputs = model(**inputs)
+        assert self.objective is not None
         values = self.objective(outputs)
+        self.record(**values)
+        return (values["loss"], outputs) if return_outputs else values["loss"]
+
+    def record(self, **values: torch.Tensor) -> None:
+        """Keep a micro-batch's scalars, `loss` among them, for the next log line."""
         # copies: a parameter among them is about to change
         self._window.append({name: value.detach().to(torch.float32, copy=True) for name, value in values.items()})
-        return (values["loss"], outputs) if return_outputs else values["loss"]
+
+    def summarise(self, means: Scalars, batches_per_second: float) -> tuple[Scalars, Scalars]:
+        """What a log line says of its interval.
+
+        Args:
+            means: recorded scalars, averaged over micro-batches and processes.
+            batches_per_second: micro-batches of all processes.
+
+        Returns:
+            Metrics, and figures that depend on the machine.
+        """
+        return means, {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`: weight decay on matrices only, learning rates times `lr_scale`.
@@ -231,13 +249,15 @@ class ContrastiveTrainer(Trainer):
         if not math.isfinite(logs["grad_norm"]) and not self.args.fp16:  # fp16 skips such a step and goes on
             raise RuntimeError(f"the gradient is not finite at step {step}; lower training.learning_rate")
         means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
-        metrics = {"step": step, **means, "grad_norm": logs["grad_norm"], "learning_rate": logs["learning_rate"]}
         seconds = time.perf_counter() - self._window_start
         self._window_start = time.perf_counter()
+        computed, timed = self.summarise(means, len(values) / seconds * self.args.world_size)
+        metrics = {"step": step, **computed, "grad_norm": logs["grad_norm"], "learning_rate": logs["learning_rate"]}
         rate = len(values) / self.args.gradient_accumulation_steps * self.args.global_batch_size / seconds
         speed = {
             "step": step,
             "samples_per_second": round(rate, 1),
+            **timed,
             "eta_seconds": round((self.state.max_steps - step) * self.args.global_batch_size / rate, 1),
             "rss_gib": round(psutil.Process().memory_info().rss / 2**30, 2),
             "gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0.0,
@@ -329,7 +349,7 @@ class ClampLogitScale(TrainerCallback):
 
 
 class _Bookkeeping(TrainerCallback):
-    def __init__(self, trainer: ContrastiveTrainer) -> None:
+    def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from llm2clip.losses import clip_loss, in_batch_accuracy
-from llm2clip.trainer import ClampLogitScale, ContrastiveTrainer, ContrastiveTrainingArguments
+from llm2clip.trainer import ClampLogitScale, StageTrainer, StageTrainingArguments
 
 GOLDEN = Path(__file__).parent / "golden" / "trainer.json"
 STEPS, BATCH = 16, 8
@@ -80,9 +80,9 @@ def make_trainer(run_dir: Path, *, stream: Dataset | None = None, lr_scale: Any 
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    args = ContrastiveTrainingArguments(output_dir=str(run_dir / "checkpoints"), **{**defaults, **settings})
+    args = StageTrainingArguments(output_dir=str(run_dir / "checkpoints"), **{**defaults, **settings})
     model = TwoTowers()
-    return ContrastiveTrainer(
+    return StageTrainer(
         model=model,
         args=args,
         train_dataset=stream or Stream(args.max_steps * args.global_batch_size),

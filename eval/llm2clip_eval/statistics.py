@@ -101,7 +101,7 @@ def paired_bootstrap(
         captions = images @ num_captions
         recall = 50 * (hits[:, 0::2] / num_images + hits[:, 1::2] / captions[:, None])  # (chunk, num_models)
         ours, theirs = recall[:, : len(target)], recall[:, len(target) :]
-        differences.append(_seed_mean(ours, seeds) - _seed_mean(theirs, seeds))
+        differences.append(seed_mean(ours, seeds) - seed_mean(theirs, seeds))
     tail = 50 * (1 - confidence)
     low, high = np.percentile(np.concatenate(differences), [tail, 100 - tail])
     wins, losses = _discordant(target, baseline)
@@ -145,12 +145,12 @@ def _per_image(models: Sequence[QueryHits]) -> np.ndarray:
     return np.stack(rows)
 
 
-def _seed_mean(recall: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def seed_mean(recall: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mean over seeds drawn with replacement: (count, num_seeds) -> (count,)."""
     num_seeds = recall.shape[1]
     if num_seeds == 1:
         return recall[:, 0]
-    return (recall * _draw(rng, len(recall), num_seeds)).mean(axis=1)
+    return (recall * draw_counts(rng, len(recall), num_seeds)).mean(axis=1)
 
 
 @lru_cache(maxsize=1)
@@ -158,10 +158,10 @@ def _image_draws(num_resamples: int, num_images: int, seed: int) -> np.ndarray:
     """The resamples of a pool's images; kept, as every comparison on a pool and mostly the next pool uses the same."""
     rng = np.random.default_rng([seed, 0])
     counts = [min(CHUNK, num_resamples - start) for start in range(0, num_resamples, CHUNK)]
-    return np.concatenate([_draw(rng, count, num_images).astype(np.uint16) for count in counts])
+    return np.concatenate([draw_counts(rng, count, num_images).astype(np.uint16) for count in counts])
 
 
-def _draw(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+def draw_counts(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     """(count, size) how often each of `size` things comes up in `size` draws with replacement."""
     drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
     return np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)

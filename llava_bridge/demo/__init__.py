@@ -1,0 +1,1 @@
+"""The demo's dialogues: instructions and questions made from the exact facts of `llm2clip data demo`."""
