@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,17 +100,18 @@ class DialogueStream(Dataset):
                 tokens = self.encoder.tokens(dialogue)
                 images = [self.data.read_image(image) for image in dialogue.images]
             except ValueError as error:
-                self._skip(index, dialogue, str(error))
+                self._skip(index, str(error))
                 continue
             pixel_values = self.encoder.pixels(images) if images else None
             return {"input_ids": tokens.input_ids, "labels": tokens.labels, "pixel_values": pixel_values}
         raise ValueError(f"{self.data.path}: {NUM_REPLACEMENTS} dialogues in a row cannot be used; see skipped.jsonl")
 
-    def _skip(self, index: int, dialogue: Dialogue, reason: str) -> None:
+    def _skip(self, index: int, reason: str) -> None:
         self._bad.add(index)
-        logger.warning("skipped dialogue %s: %s", dialogue.id, reason)
+        where = self.data.describe(index)
+        logger.warning("skipped %s: %s", where, reason)
         with open(self.skipped_file, "a", encoding="utf-8") as file:  # one write of one line: also with workers
-            file.write(skipped_line(self.data.path, Problem(dialogue.id, reason)))
+            file.write(skipped_line(self.data.path, Problem(where, reason)))
         if len(self._bad) > max(1, self.max_bad_fraction * len(self.data)):
             raise ValueError(
                 f"{self.data.path}: {len(self._bad)} of {len(self.data)} dialogues cannot be used, more than "
@@ -118,30 +120,35 @@ class DialogueStream(Dataset):
 
 
 def training_order(
-    data: DialogueData, *, num_samples: int, batch_size: int, window: int, seed: int, grouped: bool, compat: bool
+    data: DialogueData, *, num_steps: int, batch_size: int, window: int, seed: int, grouped: bool, compat: bool
 ) -> list[int]:
-    """Dialogue of every position of a run: one permutation for each epoch, cut off or wrapped at the end.
+    """Dialogue of every position of a run.
+
+    Each epoch is a permutation of its own, filled up from its front to whole steps, as a new data loader would do.
 
     Args:
         data: the dialogues.
-        num_samples: positions.
+        num_steps: optimizer steps of the run.
         batch_size: samples of one process's micro-batch.
-        window: processes times accumulated micro-batches.
+        window: processes times accumulated micro-batches; `batch_size * window` samples are one step.
         seed: of the permutations.
         grouped: by modality and length, as LLaVA's `group_by_modality_length`; else at random.
         compat: lengths in words without the images, as LLaVA counts them; else in UTF-8 bytes, good for any script.
     """
     lengths = data.word_lengths() if compat else data.byte_lengths()
+    step_size = batch_size * window
     order: list[int] = []
     epoch = 0
-    while len(order) < num_samples:
+    while len(order) < num_steps * step_size:
         generator = torch.Generator().manual_seed(seed + epoch)
         if grouped:
-            order += modality_length_order(lengths, batch_size=batch_size, window=window, generator=generator)
+            of_epoch = modality_length_order(lengths, batch_size=batch_size, window=window, generator=generator)
         else:
-            order += torch.randperm(len(data), generator=generator).tolist()
+            of_epoch = torch.randperm(len(data), generator=generator).tolist()
+        missing = -len(of_epoch) % step_size
+        order += of_epoch + list(islice(cycle(of_epoch), missing))
         epoch += 1
-    return order[:num_samples]
+    return order[: num_steps * step_size]
 
 
 class DialogueCollator:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_bridge.parts import part_fingerprint
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.run_dir import RunDir, atomic_write, fingerprint, read_manifest
 
@@ -84,7 +85,7 @@ def training_settings(trained: str) -> dict[str, Any]:
     settings = manifest["settings"]
     for part in ("tower", "llm"):
         path = settings[part]
-        found = fingerprint(path) if Path(path).exists() else path
+        found = part_fingerprint(path)
         if found != manifest["inputs"][part]:
             raise ValueError(
                 f"{path} is not the {part} that {trained} was trained with (fingerprint {found[:12]}, then "

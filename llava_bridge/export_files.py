@@ -176,8 +176,9 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, chat_te
     rules = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, {**rules, "truncation": None, "padding": None})  # what its last call in training had set
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    specials = [str(token) for token in tokenizer.all_special_tokens if str(token) not in roles.values()]
-    special_tokens = {**roles, "additional_special_tokens": specials} if specials else roles
+    others = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    others = [token for token in others if token not in roles.values()]  # `<image>` at least
+    special_tokens = {**roles, "additional_special_tokens": others}
     added = {
         token_id: {
             "content": token.content,

@@ -62,12 +62,21 @@ def make_reference(
         image_processor: of `image_processor_for`.
         prompt_ids: the conversation's prompt as training tokenizes it, every image token written out.
         conversation: messages with plain strings, the image in front of the first; the last is the user's.
+
+    Raises:
+        ValueError: if the model's rotary frequencies have been rounded, so that no reader would have them.
     """
     import numpy as np
     import torch
     from PIL import Image
     from transformers import GenerationConfig
 
+    rounded = [name for name, buffer in model.named_buffers() if buffer.dtype in (torch.bfloat16, torch.float16)]
+    if rounded:
+        raise ValueError(
+            f"the buffer {rounded[0]} has been rounded to half precision, as model.to(dtype) does, and stays rounded; "
+            "readers compute it in float32. Cast parameters alone: parameter.data = parameter.data.to(dtype)"
+        )
     config: Any = model.config
     size = TowerSpec.of(config.vision_config, config.vision_feature_layer).image_size
     coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)

@@ -97,8 +97,8 @@ def saved_names(
         stock.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
         raise ValueError(
-            f"the tensors are not those of a stock {type(stock).__name__} ({error}); merge adapters, dequantise and "
-            "put dropped layers back before exporting"
+            f"the tensors are not those of a stock {type(stock).__name__}; merge adapters, dequantise and put dropped "
+            f"layers back before exporting (an LLM whose head has a bias has no place in LLaVA): {error}"
         ) from error
     return revert_weight_conversion(stock, state_dict)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_bridge.parts import part_fingerprint, require_same_parts
 from llava_bridge.tuning import WEIGHTS
 from llm2clip.caption_sources import write_skipped
 from llm2clip.config import StageCall
-from llm2clip.run_dir import RunDir, fingerprint, is_main_process, read_manifest
+from llm2clip.run_dir import RunDir, fingerprint, is_main_process
 
 if TYPE_CHECKING:
     from llava_bridge.compose import Composed
@@ -29,8 +31,7 @@ def fingerprints(config: LlavaStageConfig, data: DialogueData) -> dict[str, str]
     """Fingerprints of tower, LLM and dialogues."""
     found = {"data": data.fingerprint}
     for part in ("tower", "llm"):
-        path = getattr(config, part)
-        found[part] = fingerprint(path) if Path(path).exists() else path
+        found[part] = part_fingerprint(getattr(config, part))
     return found
 
 
@@ -40,22 +41,6 @@ def open_data(config: LlavaStageConfig) -> DialogueData:
 
     root = Path(config.data.image_root) if config.data.image_root else None
     return DialogueData.open(Path(config.data.path), root, max_bad_fraction=config.data.max_bad_fraction)
-
-
-def require_same_parts(pretrained: str, inputs: dict[str, str]) -> None:
-    """Refuse the output of a stage 1 that had another tower or LLM.
-
-    Raises:
-        FileNotFoundError: if it is not complete.
-        ValueError: if a part differs; names it with both fingerprints.
-    """
-    there = read_manifest(pretrained)["inputs"]
-    for part in ("tower", "llm"):
-        if there.get(part) != inputs[part]:
-            raise ValueError(
-                f"{pretrained} was trained with another {part} ({str(there.get(part))[:12]}) than this one "
-                f"({inputs[part][:12]}); a projector fits one pair only: run pretrain with this {part}"
-            )
 
 
 def run_stage(call: StageCall[Any], stage: str, inputs: dict[str, str], data: DialogueData) -> None:
@@ -80,10 +65,10 @@ def _train(call: StageCall[Any], stage: str, inputs: dict[str, str], data: Dialo
     encoder = encoder_of(config, composed)
     if is_main_process():
         look_at(encoder, data, config.data.max_bad_fraction, stage)
-    args.max_steps = args.num_steps(len(data))
+    args.max_steps = args.num_steps(-(-len(data) // args.global_batch_size) * args.global_batch_size)
     order = training_order(
         data,
-        num_samples=args.max_steps * args.global_batch_size,
+        num_steps=args.max_steps,
         batch_size=args.train_batch_size,
         window=args.world_size * args.gradient_accumulation_steps,
         seed=args.seed,
@@ -149,16 +134,17 @@ def build(config: LlavaStageConfig, args: PretrainArguments) -> tuple[Composed, 
     def dtype(tuned: str) -> torch.dtype:
         return torch.float32 if tuned == "full" and args.deepspeed_plugin is None else low
 
-    composed = compose(
-        config.tower,
-        config.llm,
-        model_class=LlavaForTraining,
-        feature_layer=config.feature_layer,
-        tower_dtype=dtype(config.tune.vision),
-        llm_dtype=dtype(config.tune.llm),
-        quantization=quantization(args) if config.tune.llm == "qlora" else None,
-        seed=args.seed,
-    )
+    with whole_weights(args):
+        composed = compose(
+            config.tower,
+            config.llm,
+            model_class=LlavaForTraining,
+            feature_layer=config.feature_layer,
+            tower_dtype=dtype(config.tune.vision),
+            llm_dtype=dtype(config.tune.llm),
+            quantization=quantization(args) if config.tune.llm == "qlora" else None,
+            seed=args.seed,
+        )
     composed.model.prepare_for_training(composed.spec)
     inherited: set[str] = set()
     pretrained = getattr(config, "pretrained", None)
@@ -166,6 +152,24 @@ def build(config: LlavaStageConfig, args: PretrainArguments) -> tuple[Composed, 
         inherited = load_tensors(Path(pretrained) / WEIGHTS, composed.model)
     set_trainable(composed.model, config.tune, config.lora)
     return composed, inherited
+
+
+@contextmanager
+def whole_weights(args: PretrainArguments) -> Iterator[None]:
+    """Load weights whole: under ZeRO-3 `from_pretrained` would scatter them before they are put together.
+
+    DeepSpeed scatters the whole model when training begins.
+    """
+    if args.deepspeed_plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def quantization(args: PretrainArguments) -> Any:

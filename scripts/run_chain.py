@@ -36,12 +36,14 @@ from typing import Any
 
 import yaml
 
+from llava_bridge import cli as llava_cli
 from llm2clip import cli, run_dir
 from llm2clip.config import StageCall, merge, set_dotted
 from llm2clip_eval import cli as eval_cli
 
 COMMANDS = {
     **{f"llm2clip {name}": (module, "llm2clip.cli") for name, (module, _) in cli.COMMANDS.items()},
+    **{f"llava-bridge {name}": (module, "llava_bridge.cli") for name, (module, _) in llava_cli.COMMANDS.items()},
     **{f"llm2clip-eval {name}": (module, "llm2clip_eval.cli") for name, (module, _) in eval_cli.COMMANDS.items()},
 }
 
@@ -81,7 +83,7 @@ class Step:
 def load_chain(path: Path) -> dict[str, Any]:
     """One chain file, on top of its base if it names one."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; the chains are in configs/*/llm2clip.yaml")
+        raise ValueError(f"{path} does not exist; the chains are in configs/*/llm2clip.yaml and configs/*/llava.yaml")
     chain = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "base" not in chain:
         return chain

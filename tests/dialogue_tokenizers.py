@@ -6,11 +6,11 @@ import functools
 import json
 import random
 
-from tests.tiny import CORPUS, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llava_bridge.dialogues import Turn
+from tests.tiny import CORPUS, tiny_tokenizer
 
 PROMPT_CORPUS = (
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -18,7 +18,7 @@ PROMPT_CORPUS = (
     "AS SIST ANT: yes. no! the answer is 12",
 )
 WORDS = (
-    *"the a cat dog red blue image shows two? three, left-of; 'quoted' (why) 3.14 1999 http://x.org/a?b=c USER".split(),
+    *"the a cat dog red blue image shows two? three, left-of; 'quoted' (why) 3.14 1999 /a/b?c=d USER".split(),
     *"Übergröße naïve café 你好 世界 これは мир שלום مرحبا 🦊 👩‍👩‍👧 ½ — … <b> & \\n {% %} {{ x }} % # ::".split(),
 )
 
@@ -39,9 +39,7 @@ def byte_level_tokenizer(*, trim_offsets: bool = False, **kwargs: str | None) ->
     tokenizer = _with_placeholder(tiny_tokenizer(**kwargs))
     if trim_offsets:
         backend = tokenizer.backend_tokenizer
-        backend.post_processor = processors.Sequence(
-            [processors.ByteLevel(trim_offsets=True), backend.post_processor]
-        )
+        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), backend.post_processor])
     return tokenizer
 
 

@@ -83,7 +83,10 @@ def llava_parts(directory: Path, kind: str = "clip") -> dict[str, str]:
 
 
 def stage_argv(parts: dict[str, str], data: Path, output_dir: Path, **settings: Any) -> list[str]:
-    """A command line for pretrain (`data` of `captions`) or finetune (of `dialogues`): eight steps of eight on the CPU; `__` in names stands for a dot."""
+    """A command line for pretrain (data: `captions`) or finetune (`dialogues`): eight steps of eight on the CPU.
+
+    `__` in the names of settings stands for a dot.
+    """
     training = {
         "max_steps": 8,
         "per_device_train_batch_size": 8,

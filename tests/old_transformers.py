@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 PACKAGES = {
+    "4.37": ("transformers==4.37.2", "tokenizers==0.15.1", "huggingface-hub==0.23.4"),  # the original LLaVA's
     "4.50": ("transformers==4.50.3", "tokenizers==0.21.4", "huggingface-hub==0.36.0"),
     "4.57": ("transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0"),
 }

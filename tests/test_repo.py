@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "llava_bridge": {"llava_bridge", "llm2clip"},
     "llm2clip_eval": {"llm2clip_eval", "llava_bridge", "llm2clip"},
 }
-STAGES = {"finetune_llm", "extract_embeddings", "train_clip", "export"}
+STAGES = {
+    "llm2clip": {"finetune_llm", "extract_embeddings", "train_clip", "export"},
+    "llava_bridge": {"pretrain", "finetune", "export", "chat", "check"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -39,9 +42,9 @@ def test_imports_point_one_way(package):
 
 
 def test_stages_do_not_import_each_other():
-    for stage in STAGES:
-        others = {f"llm2clip.{other}" for other in STAGES - {stage}}
-        assert not imports(ROOT / "llm2clip" / f"{stage}.py") & others
+    every = {f"{package}.{stage}" for package, stages in STAGES.items() for stage in stages}
+    for stage in every:
+        assert not imports(ROOT / f"{stage.replace('.', '/')}.py") & (every - {stage})
 
 
 def test_eval_is_no_package():
@@ -70,17 +73,18 @@ def commands_of(text: str) -> list[str]:
 
 def test_readme_names_things_that_exist():
     """Every script, config and command in the README's code blocks."""
+    from llava_bridge import cli as llava_cli
     from llm2clip import cli
     from llm2clip_eval import cli as eval_cli
 
-    known = {"llm2clip": cli.COMMANDS, "llm2clip-eval": eval_cli.COMMANDS}
+    known = {"llm2clip": cli.COMMANDS, "llava-bridge": llava_cli.COMMANDS, "llm2clip-eval": eval_cli.COMMANDS}
     lines = commands_of((ROOT / "README.md").read_text(encoding="utf-8"))
     assert "bash scripts/train_llm2clip.sh" in lines
     assert "bash scripts/test.sh" in lines
     for line in lines:
         for path in re.findall(r"\b(?:scripts|configs)/[\w./-]+", line):
             assert (ROOT / path).exists(), f"README: {path}"
-        if found := re.match(r"(llm2clip(?:-eval)?) ([a-z-]+(?: (?:demo|check|assets))?)", line):
+        if found := re.match(r"(llm2clip(?:-eval)?|llava-bridge) ([a-z-]+(?: (?:demo|check|assets))?)", line):
             assert found[2] in known[found[1]], f"README: {line}"
 
 

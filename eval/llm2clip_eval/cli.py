@@ -9,6 +9,11 @@ from llm2clip.cli import dispatch
 
 COMMANDS = {
     "retrieval": ("llm2clip_eval.retrieval", "image-text retrieval of one model on every held-out pool"),
+    "answers": ("llm2clip_eval.answers", "ask a LLaVA model questions about images, and the same without the image"),
+    "answers-report": (
+        "llm2clip_eval.answers_report",
+        "compare LLaVA models by their answers: tables, intervals, pictures",
+    ),
     "report": ("llm2clip_eval.report", "compare models: tables, intervals, pictures; report.md and report.html"),
 }
 

@@ -12,6 +12,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from llm2clip.run_dir import atomic_write
 
@@ -57,6 +59,19 @@ def draw_all(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         if any(steps for _, _, steps, _ in report["curves"]):
             loss = _save(draw_losses(report["curves"], colours), directory / "loss.svg")
     return {"headline": headline, "loss": loss, "forests": forests, "colours": colours}
+
+
+def draw_answers(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Draw the figure of an answers report as `accuracy.svg`.
+
+    Returns:
+        `accuracy`, a data URI, and `colours`, by arm label.
+    """
+    directory.mkdir(exist_ok=True)
+    colours = arm_colours(report)
+    with matplotlib.rc_context(STYLE):
+        figure = draw_accuracy(report, colours)
+        return {"accuracy": _save(figure, directory / "accuracy.svg"), "colours": colours}
 
 
 def arm_colours(report: Mapping[str, Any]) -> dict[str, str]:
@@ -113,6 +128,47 @@ def draw_forest(comparison: Mapping[str, Any], headline: Sequence[tuple[str, str
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"R@1 of {comparison['target'].label}\nminus {comparison['baseline'].label} (points)")
     return figure
+
+
+def draw_accuracy(report: Mapping[str, Any], colours: Mapping[str, str]) -> Figure:
+    """Accuracy of every arm on every group in English (on all if there are none), with intervals, blind and chance."""
+    pools = {
+        pool: [facts for facts in found if facts.group.language == "en"] or found
+        for pool, found in report["pools"].items()
+    }
+    num_rows = sum(len(facts.scores) + 0.5 for found in pools.values() for facts in found) + 1.4 * len(pools)
+    figure, axes = _axes(0.8 + 0.19 * num_rows + 0.2 * len(report["arms"]))
+    top, ticks = 0.0, {}
+    for pool, found in pools.items():
+        axes.text(0, top, pool, weight="bold", va="center")
+        top += 1.1
+        for facts in found:
+            count = len(facts.scores)
+            ticks[top + (count - 1) / 2] = facts.group.kind
+            axes.plot([100 * facts.bar] * 2, [top - 0.5, top + count - 0.5], color="#333333", lw=1.2, ls=":", zorder=4)
+            for row, score in enumerate(facts.scores.values(), 1):
+                _draw_score(axes, top + row - 1, score, colours[score.label])
+            top += count + 0.5
+        top += 0.3
+    axes.set(ylim=(top - 0.4, -0.9), xlim=(0, 100))
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#e6e6e6", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("right answers (%)")
+    handles: list[Any] = [Patch(color=colours[arm.label], label=arm.label) for arm in report["arms"].values()]
+    handles.append(Line2D([], [], ls="", marker="o", mfc="white", mec="#333333", label="the same model, blind"))
+    handles.append(Line2D([], [], color="#333333", lw=1.2, ls=":", label="chance or best constant answer"))
+    figure.legend(handles=handles, loc="outside upper left", frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_score(axes: Axes, row: float, score: Any, colour: str) -> None:
+    value, low, high = score.accuracy.percent
+    axes.barh(row, value, height=0.82, color=colour, alpha=0.75)
+    axes.plot([low, high], [row, row], color="#222222", lw=1.4, solid_capstyle="butt")
+    if score.blind:
+        axes.plot(score.blind.percent.value, row, "o", mfc="white", mec="#333333", ms=4.5, zorder=5, clip_on=False)
 
 
 def draw_losses(

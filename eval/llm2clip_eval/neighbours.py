@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from llm2clip.caption_data import CaptionData
 from llm2clip_eval.report_data import ArmResults, Key
@@ -40,7 +41,7 @@ def nearest(arms: Sequence[ArmResults], key: Key, num_queries: int) -> dict[str,
     def picture(image: int, right: int) -> tuple[str, str, bool]:
         image_id = record["image_ids"][image]
         if image not in uris:
-            uris[image] = data_uri(data, rows[image_id])
+            uris[image] = data_uri(data.load_image(rows[image_id]))
         return uris[image], image_id, image == right
 
     queries = []
@@ -64,10 +65,9 @@ def nearest(arms: Sequence[ArmResults], key: Key, num_queries: int) -> dict[str,
     return {"key": key, "num_images": record["num_images"], "queries": queries}
 
 
-def data_uri(data: CaptionData, row: int) -> str:
-    """One image of the data as a JPEG thumbnail in a data URI."""
-    image = data.load_image(row)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+def data_uri(image: Image.Image, max_edge: int = THUMBNAIL) -> str:
+    """An image, made smaller if its longer edge is above `max_edge` pixels, as JPEG in a data URI."""
+    image.thumbnail((max_edge, max_edge))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

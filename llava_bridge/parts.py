@@ -1,0 +1,36 @@
+"""What a LLaVA is made of: a vision tower and an LLM, by fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm2clip.run_dir import fingerprint, read_manifest
+
+
+def part_fingerprint(name: str) -> str:
+    """Fingerprint of a model directory; a hub id stands for itself.
+
+    Raises:
+        FileNotFoundError: for what can only be a path, and is not there.
+    """
+    if Path(name).exists():
+        return fingerprint(name)
+    if name.count("/") > 1 or name.startswith((".", "/")):
+        raise FileNotFoundError(f"{name} does not exist; the demo's towers are made by bash scripts/train_llm2clip.sh")
+    return name
+
+
+def require_same_parts(pretrained: str, inputs: dict[str, str]) -> None:
+    """Refuse the output of a stage 1 that had another tower or LLM.
+
+    Raises:
+        FileNotFoundError: if it is not complete.
+        ValueError: if a part differs; names it with both fingerprints.
+    """
+    there = read_manifest(pretrained)["inputs"]
+    for part in ("tower", "llm"):
+        if there.get(part) != inputs[part]:
+            raise ValueError(
+                f"{pretrained} was trained with another {part} ({str(there.get(part))[:12]}) than this one "
+                f"({inputs[part][:12]}); a projector fits one pair only: run pretrain with this {part}"
+            )
