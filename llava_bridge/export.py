@@ -109,7 +109,9 @@ def restore(config: ExportConfig, settings: dict[str, Any]) -> tuple[Composed, b
     tuning.load_tensors(Path(config.trained) / tuning.WEIGHTS, composed.model)
     if with_lora and config.merge_lora:
         tuning.merge_lora(composed.model)  # in float32, before rounding
-    composed.model.to(getattr(torch, config.dtype)).eval()
+    for parameter in composed.model.parameters():  # not `.to`, which would round the frequencies of RoPE as well
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    composed.model.eval()
     return composed, bool(with_lora) and not config.merge_lora
 
 
@@ -138,7 +140,9 @@ def _write_model(
     reference = make_reference(
         composed.model,
         composed.tokenizer,
-        image_processor_for(composed.image_processor, settings["data.image_aspect"]),
+        image_processor_for(
+            composed.image_processor, settings["data.image_aspect"], image_size=composed.spec.image_size
+        ),
         prompt_ids(composed, settings, conversation),
         conversation,
     )

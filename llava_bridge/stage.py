@@ -200,7 +200,9 @@ def encoder_of(config: LlavaStageConfig, composed: Composed) -> DialogueEncoder:
         template=config.template,
         system=config.system,
         tokenizer=composed.tokenizer,
-        image_processor=image_processor_for(composed.image_processor, config.data.image_aspect),
+        image_processor=image_processor_for(
+            composed.image_processor, config.data.image_aspect, image_size=composed.spec.image_size
+        ),
         num_image_tokens=composed.spec.num_image_tokens,
         max_length=config.data.max_length,
     )

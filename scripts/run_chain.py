@@ -3,12 +3,13 @@
     python scripts/run_chain.py CONFIG [--root DIR] [--arms A,B] [--seeds 0,1] [--launcher "accelerate launch"]
                                 [--STAGE.section.field VALUE ...]
 
-The file holds `root` (where everything is written), `seeds`, `arms` (the ones run by default), `settings` common to
-the stages of one command, and `stages`, each with
+The file holds `root` (where everything is written), `seeds`, `arms` (the ones run by default), `values` of each
+arm (optional), `settings` common to the stages of one command, and `stages`, each with
 
     name        its output directory below root; also the prefix of its overrides
     command     such as `llm2clip train-clip`
     arm         run only if this arm is asked for (optional)
+    per_arm     run once for every arm, in NAME-ARM (optional); `{arm}` and the arm's `values` are filled in
     per_seed    run once for every seed, in NAME/seed-N (optional)
     settings    the stage's configuration; `{root}` and `{seed}` are filled in, a list item with `{seed}` in
                 a stage that is not per_seed becomes one item per seed, a mapping key or list item ending in
@@ -113,7 +114,7 @@ def read_chain(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         chain["arms"] = known.arms.split(",")
     if known.seeds:
         chain["seeds"] = [int(seed) for seed in known.seeds.split(",")]
-    all_arms = {stage["arm"] for stage in chain["stages"] if "arm" in stage}
+    all_arms = {stage["arm"] for stage in chain["stages"] if "arm" in stage} | chain.get("values", {}).keys()
     if unknown := set(chain["arms"]) - all_arms:
         raise ValueError(f"--arms: no arm {sorted(unknown)} in {known.config}; it has {sorted(all_arms)}")
     stages = {stage["name"]: stage for stage in chain["stages"]}
@@ -133,31 +134,39 @@ def read_chain(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def plan(chain: dict[str, Any]) -> list[Step]:
     """Every step of the chosen arms and seeds, in order."""
-    root, arms, seeds = chain["root"], chain["arms"], chain["seeds"]
+    arms, seeds = chain["arms"], chain["seeds"]
     steps = []
     for stage in chain["stages"]:
         if stage.get("arm", arms[0]) not in arms:
             continue
-        for seed in seeds if stage.get("per_seed") else [None]:
-            name = stage["name"] if seed is None else f"{stage['name']}/seed-{seed}"
-            settings: dict[str, Any] = {}
-            for part in (chain.get("settings", {}).get(stage["command"], {}), stage.get("settings", {})):
-                merge(settings, _fill(part, root, arms, seeds, seed))
-            settings.setdefault("output_dir", f"{root}/{name}")
-            output_dir = Path(settings["output_dir"])
-            config_file = Path(root) / "configs" / f"{name.replace('/', '-')}.yaml"
-            steps.append(Step(name, stage["command"], settings, config_file, output_dir))
+        for arm in arms if stage.get("per_arm") else [None]:
+            for seed in seeds if stage.get("per_seed") else [None]:
+                steps.append(_step(chain, stage, arm, seed))
     return steps
 
 
-def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | None) -> Any:
+def _step(chain: dict[str, Any], stage: dict[str, Any], arm: str | None, seed: int | None) -> Step:
+    """One stage for one arm and seed, where it has any."""
+    name = stage["name"] + (f"-{arm}" if arm else "") + ("" if seed is None else f"/seed-{seed}")
+    values = {"root": chain["root"]}
+    if arm:
+        values |= {"arm": arm, **chain["values"][arm]}
+    settings: dict[str, Any] = {}
+    for part in (chain.get("settings", {}).get(stage["command"], {}), stage.get("settings", {})):
+        merge(settings, _fill(part, values, chain["arms"], chain["seeds"], seed))
+    settings.setdefault("output_dir", f"{chain['root']}/{name}")
+    config_file = Path(chain["root"]) / "configs" / f"{name.replace('/', '-')}.yaml"
+    return Step(name, stage["command"], settings, config_file, Path(settings["output_dir"]))
+
+
+def _fill(value: Any, values: dict[str, str], arms: list[str], seeds: list[int], seed: int | None) -> Any:
     """Fill the placeholders of one settings value."""
     if isinstance(value, dict):
         kept = {}
         for key, item in value.items():
             name, arm = _split_arm(str(key))
             if not arm or arm in arms:
-                kept[name] = _fill(item, root, arms, seeds, seed)
+                kept[name] = _fill(item, values, arms, seeds, seed)
         return kept
     if isinstance(value, list):
         items: list[Any] = []
@@ -167,12 +176,14 @@ def _fill(value: Any, root: str, arms: list[str], seeds: list[int], seed: int | 
                 if arm and arm not in arms:
                     continue
             each_seed = seed is None and isinstance(item, str) and "{seed}" in item
-            items += [_fill(item, root, arms, seeds, s) for s in (seeds if each_seed else [seed])]
+            items += [_fill(item, values, arms, seeds, s) for s in (seeds if each_seed else [seed])]
         return items
     if isinstance(value, str):
         if value == "{seed}":
             return seed
-        return value.replace("{root}", root).replace("{seed}", str(seed))
+        for _ in range(2):  # the value of an arm may hold {root} and {seed}
+            for name, text in {**values, "seed": str(seed)}.items():
+                value = value.replace(f"{{{name}}}", text)
     return value
 
 

@@ -21,6 +21,7 @@ from tiny_llava import llava_model, llava_tokenizer
 
 from llm2clip.cli import dispatch
 from llm2clip_eval import answers
+from llm2clip_eval.answerer import Answerer
 from llm2clip_eval.cli import COMMANDS
 from llm2clip_eval.questions import QuestionFile, is_correct
 
@@ -144,13 +145,13 @@ def test_a_record_tells_all_about_a_question(tmp_path, llava, questions):
 
 def test_a_killed_run_keeps_its_pools_and_ends_the_same(tmp_path, llava, questions, monkeypatch):
     pools = {"seen": questions, "other": write_questions(tmp_path / "other.parquet", [question(20), question(22)])}
-    asked, answer = [], answers.Answerer.answer
+    asked, answer = [], Answerer.answer
 
     def counted(self, texts, *args):
         asked.append(len(texts))
         return answer(self, texts, *args)
 
-    monkeypatch.setattr(answers.Answerer, "answer", counted)
+    monkeypatch.setattr(Answerer, "answer", counted)
     first = ask(tmp_path / "out", llava, pools)
     assert asked == [12, 5, 2, 2]  # blind, three texts on one canvas and two on another
     digests = json.loads((tmp_path / "out" / "manifest.json").read_text())["outputs"]
@@ -197,6 +198,14 @@ def test_what_cannot_be_asked_is_refused(tmp_path, llava, questions):
     refuse("cannot hold /", questions, pool="a/b")
     refuse("batch_size: 0 is not positive", questions, batch_size=0)
     assert not (tmp_path / "refused" / "answers").exists()
+
+
+def test_a_template_with_the_image_behind_the_question_is_refused(tmp_path, questions):
+    parts = "{% for part in message['content'] %}"
+    assert parts in CHAT
+    behind = write_llava(tmp_path / "model", chat_template=CHAT.replace(parts, parts.replace("] %", "][::-1] %")))
+    with pytest.raises(ValueError, match="does not put one image in front of the question"):
+        ask(tmp_path / "out", behind, {"seen": questions})
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, questions):

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +21,12 @@ from llm2clip.run_dir import RunDir, atomic_write, fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from llm2clip_eval.answerer import Answerer
     from llm2clip_eval.questions import QuestionFile
 
 logger = logging.getLogger(__name__)
 
 ANSWERS = "answers"
-LOG_SECONDS = 15
-"""Between two lines of progress."""
 
 
 @dataclass(kw_only=True)
@@ -93,10 +89,13 @@ def run(call: StageCall[AnswersConfig]) -> None:
         if run.complete:
             logger.info("answers: %s is complete", run.path)
             return
+        from llm2clip_eval.answerer import Answerer
         from llm2clip_eval.questions import QuestionFile
 
         pools = {pool: QuestionFile(path) for pool, path in config.questions.items()}
-        answerer = Answerer(config)
+        answerer = Answerer(
+            config.model, dtype=config.dtype, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
+        )
         accuracy = {}
         for pool, questions in pools.items():
             file = run.path / ANSWERS / f"{pool}.jsonl"
@@ -154,7 +153,7 @@ def answer_pool(answerer: Answerer, pool: str, questions: QuestionFile, config: 
                 "goes; expected the question alone"
             )
     texts = [question.question for question in questions.questions]
-    predictions = answerer.answer(texts, questions.load_image, f"{config.arm}, {pool}")
+    predictions = answerer.answer(texts, questions.image_digests(), questions.load_image, f"{config.arm}, {pool}")
     if empty := [index for index, prediction in enumerate(predictions) if not prediction]:
         if len(empty) > config.max_empty_fraction * len(texts):
             first = questions.questions[empty[0]]
@@ -172,110 +171,16 @@ def answer_pool(answerer: Answerer, pool: str, questions: QuestionFile, config: 
         # Blind, the same text on a canvas of the same size is the same question: it is asked once.
         asked = list(dict.fromkeys(zip(texts, sizes, strict=True)))
         found = answerer.answer(
-            [text for text, _ in asked], lambda index: answerer.blank(asked[index][1]), f"{config.arm}, {pool}, blind"
+            [text for text, _ in asked],
+            [size for _, size in asked],
+            lambda index: answerer.blank(asked[index][1]),
+            f"{config.arm}, {pool}, blind",
         )
         answers = dict(zip(asked, found, strict=True))
         for record, size in zip(records, sizes, strict=True):
             record["blind_prediction"] = answers[record["question"], size]
             record["blind_correct"] = is_correct(record["blind_prediction"], record["answer"])
     return records
-
-
-class Answerer:
-    """A LLaVA model with its processor, answering greedily in batches.
-
-    Args:
-        config: of the stage.
-
-    Raises:
-        ValueError: if `config.model` is no LLaVA model, or its settings name no end token.
-    """
-
-    def __init__(self, config: AnswersConfig) -> None:
-        import torch
-        from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
-
-        kind = AutoConfig.from_pretrained(config.model).model_type
-        if kind != "llava":
-            raise ValueError(f"{config.model} is a {kind} model; expected llava, as llava-bridge export writes it")
-        self.processor: Any = AutoProcessor.from_pretrained(config.model)
-        self.processor.tokenizer.padding_side = "left"
-        model: Any = LlavaForConditionalGeneration.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        ends = model.generation_config.eos_token_id
-        if ends is None:
-            raise ValueError(f"{config.model}/generation_config.json has no eos_token_id; answers would never end")
-        self.ends = torch.tensor(ends, device=self.model.device).reshape(-1)
-        self.image_token: str = self.processor.image_token
-        self.batch_size = config.batch_size
-        self.max_new_tokens = config.max_new_tokens
-
-    def blank(self, size: tuple[int, int]) -> Image.Image:
-        """An image of the processor's mean colour, (width, height); normalised, it is zero to within rounding."""
-        from PIL import Image
-
-        red, green, blue = (round(255 * mean) for mean in self.processor.image_processor.image_mean)
-        return Image.new("RGB", size, (red, green, blue))
-
-    def answer(self, questions: Sequence[str], load_image: Callable[[int], Image.Image], name: str) -> list[str]:
-        """Answer questions, in their order, without special tokens and outer space.
-
-        Args:
-            questions: without image placeholder.
-            load_image: the image of a question.
-            name: of this work, for the log.
-        """
-        prompts = [self._prompt(question) for question in questions]
-        bos = self.processor.tokenizer.bos_token
-        # As processors do it themselves: a template that begins with BOS gets no second one.
-        adds_bos = not (bos and prompts[0].startswith(bos))
-        lengths = [len(ids) for ids in self.processor.tokenizer(prompts, add_special_tokens=adds_bos)["input_ids"]]
-        longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
-        answers = [""] * len(prompts)
-        num_unfinished = 0
-        began = logged = time.monotonic()
-        for start in range(0, len(prompts), self.batch_size):
-            rows = longest_first[start : start + self.batch_size]
-            batch = self.processor(
-                images=[load_image(row) for row in rows],
-                text=[prompts[row] for row in rows],
-                add_special_tokens=adds_bos,
-                padding=True,
-                return_tensors="pt",
-            )
-            texts, unfinished = self._generate(batch)
-            num_unfinished += unfinished
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
-            done, now = start + len(rows), time.monotonic()
-            if now - logged > LOG_SECONDS or done == len(prompts):
-                rate, logged = done / (now - began), now
-                left = f", {(len(prompts) - done) / rate:.0f} s left" if done < len(prompts) else ""
-                logger.info("%s: %d of %d questions, %.1f/s%s", name, done, len(prompts), rate, left)
-        if num_unfinished:
-            text = "%s: %d of %d answers were cut off after %d tokens"
-            logger.warning(text, name, num_unfinished, len(prompts), self.max_new_tokens)
-        return answers
-
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    def _generate(self, batch: Any) -> tuple[list[str], int]:
-        """Answers of one batch, and how many of them did not end by themselves."""
-        import torch
-
-        with torch.inference_mode():
-            ids = self.model.generate(
-                **batch.to(self.model.device, self.model.dtype),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=self.max_new_tokens,
-            )
-        new = ids[:, batch["input_ids"].shape[1] :]
-        finished = torch.isin(new, self.ends).any(dim=1)
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in texts], int((~finished).sum())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ observations) and `chance`, the share of such questions that a guess among their
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -89,13 +90,25 @@ class QuestionFile:
         """
         from llm2clip.images import decode_image
 
-        cell = self._images[index]["image"]
+        data = self._read(index)
         try:
-            if cell is None:
-                raise ValueError("no image")
-            return decode_image(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes())
-        except (ValueError, OSError) as error:
+            return decode_image(data)
+        except ValueError as error:
             raise ValueError(f"{self.path}, question {self.questions[index].id}: {error}") from error
+
+    def image_digests(self) -> list[bytes]:
+        """For every question a digest of its image file: questions about the same picture have the same.
+
+        Raises:
+            ValueError: if an image is missing, naming the question.
+        """
+        return [hashlib.sha256(self._read(index)).digest() for index in range(len(self))]
+
+    def _read(self, index: int) -> bytes:
+        cell = self._images[index]["image"]
+        if cell is None:
+            raise ValueError(f"{self.path}, question {self.questions[index].id}: no image")
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def _question(path: Path, number: int, row: dict[str, Any]) -> Question:
