@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from llava_bridge.dialogues import Dialogue, DialogueData
 from llava_bridge.labels import IGNORE, Encoded, encode
-from llava_bridge.sampler import modality_length_order
+from llava_bridge.sampler import modality_length_order, similar_length_order
 from llava_bridge.templates import IMAGE_TOKEN, TemplateName, render
 from llm2clip.caption_sources import Problem, skipped_line
 
@@ -132,8 +132,8 @@ def training_order(
         batch_size: samples of one process's micro-batch.
         window: processes times accumulated micro-batches; `batch_size * window` samples are one step.
         seed: of the permutations.
-        grouped: by modality and length, as LLaVA's `group_by_modality_length`; else at random.
-        compat: lengths in words without the images, as LLaVA counts them; else in UTF-8 bytes, good for any script.
+        grouped: every step of one modality and similar lengths; else at random.
+        compat: LLaVA's own grouping by numbers of words; else a closer one by UTF-8 bytes, good for any script.
     """
     lengths = data.word_lengths() if compat else data.byte_lengths()
     step_size = batch_size * window
@@ -141,8 +141,10 @@ def training_order(
     epoch = 0
     while len(order) < num_steps * step_size:
         generator = torch.Generator().manual_seed(seed + epoch)
-        if grouped:
+        if grouped and compat:
             of_epoch = modality_length_order(lengths, batch_size=batch_size, window=window, generator=generator)
+        elif grouped:
+            of_epoch = similar_length_order(lengths, step_size=step_size, generator=generator)
         else:
             of_epoch = torch.randperm(len(data), generator=generator).tolist()
         missing = -len(of_epoch) % step_size

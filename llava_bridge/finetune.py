@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llava_bridge import stage
 from llava_bridge.llava_config import FinetuneConfig
-from llm2clip.config import StageCall, parse_stage
+from llm2clip.config import StageCall
 
 STAGE = "finetune"
 
@@ -19,7 +19,7 @@ STAGE = "finetune"
 def parse(argv: Sequence[str] | None = None) -> StageCall[FinetuneConfig]:
     """Parse the command line of `llava-bridge finetune`."""
     training = "llava_bridge.trainer:FinetuneArguments"
-    return parse_stage(FinetuneConfig, argv, prog=f"llava-bridge {STAGE}", training_class=training)
+    return stage.parse(FinetuneConfig, argv, prog=f"llava-bridge {STAGE}", training_class=training)
 
 
 def inputs(call: StageCall[FinetuneConfig]) -> dict[str, str]:

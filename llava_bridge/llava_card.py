@@ -33,7 +33,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 model = LlavaForConditionalGeneration.from_pretrained("model", dtype="auto")
 processor = AutoProcessor.from_pretrained("model")
-messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
+content = [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]
+messages = [{{"role": "user", "content": content}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=Image.open("picture.png"), text=prompt, return_tensors="pt").to(model.dtype)
 ids = model.generate(**inputs, max_new_tokens=64)

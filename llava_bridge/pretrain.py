@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llava_bridge import stage
 from llava_bridge.llava_config import PretrainConfig
-from llm2clip.config import StageCall, parse_stage
+from llm2clip.config import StageCall
 
 STAGE = "pretrain"
 
@@ -18,7 +18,7 @@ STAGE = "pretrain"
 def parse(argv: Sequence[str] | None = None) -> StageCall[PretrainConfig]:
     """Parse the command line of `llava-bridge pretrain`."""
     training = "llava_bridge.trainer:PretrainArguments"
-    return parse_stage(PretrainConfig, argv, prog=f"llava-bridge {STAGE}", training_class=training)
+    return stage.parse(PretrainConfig, argv, prog=f"llava-bridge {STAGE}", training_class=training)
 
 
 def inputs(call: StageCall[PretrainConfig]) -> dict[str, str]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+POOLED_STEPS = 50
+"""Steps whose samples are sorted together, as in transformers' LengthGroupedSampler."""
+
 
 def modality_length_order(
     lengths: Sequence[int], *, batch_size: int, window: int, generator: torch.Generator | None = None
@@ -77,3 +80,33 @@ def _deal(descending: Sequence[int], lengths: Sequence[int], window: int) -> lis
         if len(micro_batches[number]) < len(descending) // window:
             heapq.heappush(not_full, (total + lengths[i], number))
     return micro_batches
+
+
+def similar_length_order(lengths: Sequence[int], *, step_size: int, generator: torch.Generator) -> list[int]:
+    """Order one epoch so that every step has one modality and samples of similar length.
+
+    LLaVA sorts within a single step, which does nothing for one process without accumulation. Here many steps' worth
+    of random samples is sorted at a time and cut into steps, which are then shuffled. What is left over of each
+    modality comes last.
+
+    Args:
+        lengths: Length of each sample in any unit, > 0 with image and < 0 text only.
+        step_size: Samples of one optimizer step, over all processes and micro-batches.
+        generator: Source of all randomness.
+
+    Returns:
+        A permutation of `range(len(lengths))`.
+    """
+    steps: list[list[int]] = []
+    rest: list[int] = []
+    for sign in (1, -1):
+        members = [i for i, length in enumerate(lengths) if length * sign > 0]
+        order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+        num_full = len(order) // step_size * step_size
+        pool_size = step_size * max(1, min(POOLED_STEPS, num_full // (4 * step_size)))
+        for start in range(0, num_full, pool_size):
+            pool = sorted(order[start : min(start + pool_size, num_full)], key=lambda i: abs(lengths[i]))
+            steps += [pool[at : at + step_size] for at in range(0, len(pool), step_size)]
+        rest += order[num_full:]
+    shuffled = torch.randperm(len(steps), generator=generator).tolist()
+    return [i for position in shuffled for i in steps[position]] + rest

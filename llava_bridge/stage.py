@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava_bridge.parts import part_fingerprint, require_same_parts
 from llava_bridge.tuning import WEIGHTS
 from llm2clip.caption_sources import write_skipped
-from llm2clip.config import StageCall
+from llm2clip.config import StageCall, parse_stage
 from llm2clip.run_dir import RunDir, fingerprint, is_main_process
 
 if TYPE_CHECKING:
@@ -25,6 +26,20 @@ logger = logging.getLogger(__name__)
 
 PREFLIGHT = 1000
 """Dialogues that are looked at before training begins."""
+
+
+def parse(config_class: type[Any], argv: Sequence[str] | None, *, prog: str, training_class: str) -> StageCall[Any]:
+    """Parse a command line; `compat: llava` sets training.max_grad_norm to 0, for DeepSpeed too.
+
+    The original's DeepSpeed files have no `gradient_clipping`, and DeepSpeed's own default is none.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    call = parse_stage(config_class, given, prog=prog, training_class=training_class)
+    if call.config.compat == "llava":
+        call = parse_stage(
+            config_class, [*given, "--training.max_grad_norm", "0"], prog=prog, training_class=training_class
+        )
+    return call
 
 
 def fingerprints(config: LlavaStageConfig, data: DialogueData) -> dict[str, str]:
@@ -59,8 +74,6 @@ def _train(call: StageCall[Any], stage: str, inputs: dict[str, str], data: Dialo
 
     config, args = call.config, call.training
     assert isinstance(args, PretrainArguments)
-    if config.compat == "llava":
-        args.max_grad_norm = 0.0  # its DeepSpeed files have no gradient_clipping, and DeepSpeed's default is none
     composed, inherited = build(config, args)
     encoder = encoder_of(config, composed)
     if is_main_process():

@@ -139,7 +139,8 @@ def export_chat_template(
     A message's content may be a string, taken as it is, or a list of parts `{"type": "text", "text": ...}` and
     `{"type": "image"}`: the only image of a dialogue goes to the front of its turn with a newline behind it; of
     several, those that begin a turn get a newline behind them and the others stay in place. A system message is
-    optional. The source writes no BOS where the tokenizer adds one. `{% generation %}` blocks surround the answers, so
+    optional. The source writes no BOS where the tokenizer adds one; `plain` and `vicuna_v1` write it where not.
+    `{% generation %}` blocks surround the answers, so
     transformers' `return_assistant_tokens_mask` works (with `chat` only if the LLM's template has them).
 
     Args:
@@ -154,12 +155,12 @@ def export_chat_template(
     if template == "plain":
         if system is not None:
             raise ValueError(f"the template plain has no system prompt, got {system!r}; leave it out")
-        return FLATTEN.lstrip() + PLAIN
+        return FLATTEN.lstrip() + _bos(tokenizer) + PLAIN
     if template == "vicuna_v1":
         if not tokenizer.eos_token:
             raise ValueError("the template vicuna_v1 ends answers with tokenizer.eos_token, which is not set")
         names = {"SYSTEM": VICUNA_SYSTEM if system is None else system, "EOS": str(tokenizer.eos_token)}
-        return FLATTEN.lstrip() + _fill(VICUNA, names)
+        return FLATTEN.lstrip() + _bos(tokenizer) + _fill(VICUNA, names)
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError(
             "the template chat is the tokenizer's own chat template, and this tokenizer has none; "
@@ -170,6 +171,17 @@ def export_chat_template(
     # The newline after the last block is dropped by trim_blocks; the LLM's template follows unchanged.
     flatten = FLATTEN if without_bos else FLATTEN.lstrip()
     return f"{without_bos}{flatten}{system_message}\n{{%- set messages = ns.messages %}}\n{tokenizer.chat_template}"
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Jinja that writes BOS for a tokenizer that has one and does not add it itself (SmolLM2).
+
+    LLMs send much of their attention to the first token, whatever it is. Where an image token was first, gradients of
+    the projector were ten times as large and it learned more slowly (docs/log.md).
+    """
+    if tokenizer.bos_token is None or _adds_bos(tokenizer):
+        return ""
+    return _fill("\n{{- BOS }}", {"BOS": str(tokenizer.bos_token)})
 
 
 def _fill(source: str, values: dict[str, str]) -> str:

@@ -185,14 +185,9 @@ class StageTrainer(Trainer):
         self._window.append({name: value.detach().to(torch.float32, copy=True) for name, value in values.items()})
 
     def summarise(self, means: Scalars, batches_per_second: float) -> tuple[Scalars, Scalars]:
-        """What a log line says of its interval.
+        """Metrics and machine-dependent figures of a log line, from the means of what was recorded.
 
-        Args:
-            means: recorded scalars, averaged over micro-batches and processes.
-            batches_per_second: micro-batches of all processes.
-
-        Returns:
-            Metrics, and figures that depend on the machine.
+        `batches_per_second` counts the micro-batches of all processes.
         """
         return means, {}
 

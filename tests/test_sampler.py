@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from llava_bridge.sampler import modality_length_order
+from llava_bridge.sampler import modality_length_order, similar_length_order
 
 MIXED = [
     *(38, -9, 59, -31, -38, 39, 59, 17, -15, 46, 35, -31, 41, 15, -10),
@@ -133,3 +133,20 @@ def test_bad_input() -> None:
     for batch_size, window in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             modality_length_order([1, 2], batch_size=batch_size, window=window)
+
+
+@pytest.mark.parametrize(("num_image", "num_text", "step"), [(1000, 203, 8), (1000, 0, 32), (0, 50, 8), (5, 3, 8)])
+def test_steps_of_similar_length(num_image, num_text, step):
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 500) for _ in range(num_image)] + [-rng.randint(1, 500) for _ in range(num_text)]
+    order = similar_length_order(lengths, step_size=step, generator=torch.Generator().manual_seed(1))
+    assert sorted(order) == list(range(len(lengths)))
+    assert order == similar_length_order(lengths, step_size=step, generator=torch.Generator().manual_seed(1))
+    num_steps = num_image // step + num_text // step
+    steps = [[lengths[i] for i in order[at * step : (at + 1) * step]] for at in range(num_steps)]
+    assert all(len({length > 0 for length in lengths_of_step}) == 1 for lengths_of_step in steps)
+    if num_image > 500:
+        padding = [1 - sum(map(abs, s)) / (step * max(map(abs, s))) for s in steps]
+        assert sum(padding) / len(padding) < 0.2  # at random: about a half
+        first, second = (sum(map(abs, s)) for s in steps[:2])
+        assert steps != sorted(steps, key=lambda s: sum(map(abs, s))) and first != second  # steps are shuffled

@@ -56,6 +56,8 @@ class ReportConfig(StageConfig):
     """The results that were chosen before the run to stand for all: pool/kind, such as concepts/long."""
     headline_rule: str = ""
     """How and when they were chosen, in a sentence."""
+    headline_at: list[int] = field(default_factory=list)
+    """Further k at which the headline results are compared, beside R@1."""
     title: str = "Image-text retrieval"
     """Heading of the report."""
     pools: dict[str, str] = field(default_factory=dict)
@@ -165,6 +167,11 @@ def collect(config: ReportConfig) -> dict[str, Any]:
                     "target": target,
                     "baseline": baseline,
                     "differences": {key: data.compare(target, baseline, key, **bootstrap) for key in keys},
+                    "at_k": {
+                        (key, k): data.compare(target, baseline, key, k=k, **bootstrap)
+                        for key in headline
+                        for k in config.headline_at
+                    },
                     "settings": data.settings_that_differ(runs[0][0], runs[1][0]) if all(runs) else None,
                 }
             )
@@ -219,6 +226,18 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
             for comparison in report["comparisons"]
             for key, difference in comparison["differences"].items()
         ],
+        "headline_at": [
+            {
+                "result": "/".join(key),
+                "k": k,
+                "target": comparison["target"].name,
+                "baseline": comparison["baseline"].name,
+                **asdict(difference.comparison),
+                "statement": difference.text,
+            }
+            for comparison in report["comparisons"]
+            for (key, k), difference in comparison["at_k"].items()
+        ],
     }
 
 
@@ -228,7 +247,9 @@ def headline_table(report: dict[str, Any]) -> str:
     for key in report["headline"]:
         scores = ", ".join(f"{arm.label} {arm.recall(key, 'mean'):.1f}" for arm in report["arms"].values())
         lines.append(f"{'/'.join(key)}: R@1 {scores}")
-        lines += [f"  {comparison['differences'][key].text}" for comparison in report["comparisons"]]
+        for comparison in report["comparisons"]:
+            further = [difference for (of, _), difference in comparison["at_k"].items() if of == key]
+            lines += [f"  {difference.text}" for difference in (comparison["differences"][key], *further)]
     if report["single_seed"]:
         lines.append("One training seed per arm: the intervals cover the choice of test images, not training noise.")
     return "\n".join(lines)

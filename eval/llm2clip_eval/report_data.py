@@ -157,15 +157,24 @@ def pool_facts(arms: Sequence[ArmResults], key: Key, note: str) -> PoolFacts:
 
 
 def compare(
-    target: ArmResults, baseline: ArmResults, key: Key, *, num_resamples: int, confidence: float, seed: int
+    target: ArmResults,
+    baseline: ArmResults,
+    key: Key,
+    *,
+    k: int = 1,
+    num_resamples: int,
+    confidence: float,
+    seed: int,
 ) -> Difference:
-    """Paired bootstrap of mean R@1 in one pool."""
+    """Paired bootstrap of mean R@k in one pool."""
     hits = [
-        [QueryHits.from_ranks(r["i2t_ranks"], r["t2i_ranks"], r["caption_image"]) for r in arm.records[key]]
+        [QueryHits.from_ranks(r["i2t_ranks"], r["t2i_ranks"], r["caption_image"], k) for r in arm.records[key]]
         for arm in (target, baseline)
     ]
     found = paired_bootstrap(*hits, num_resamples=num_resamples, confidence=confidence, seed=seed)
-    return Difference(key, target.label, baseline.label, found, statement(found, target.label, baseline.label))
+    return Difference(
+        key, target.label, baseline.label, found, statement(found, target.label, baseline.label, f"R@{k}")
+    )
 
 
 def settings_that_differ(first: Path, second: Path) -> list[tuple[str, str, str]]:
