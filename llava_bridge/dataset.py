@@ -120,7 +120,15 @@ class DialogueStream(Dataset):
 
 
 def training_order(
-    data: DialogueData, *, num_steps: int, batch_size: int, window: int, seed: int, grouped: bool, compat: bool
+    data: DialogueData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_steps: int,
+    batch_size: int,
+    window: int,
+    seed: int,
+    grouped: bool,
+    compat: bool,
 ) -> list[int]:
     """Dialogue of every position of a run.
 
@@ -128,15 +136,18 @@ def training_order(
 
     Args:
         data: the dialogues.
+        tokenizer: what lengths are counted with.
         num_steps: optimizer steps of the run.
         batch_size: samples of one process's micro-batch.
         window: processes times accumulated micro-batches; `batch_size * window` samples are one step.
         seed: of the permutations.
         grouped: every step of one modality and similar lengths; else at random.
-        compat: LLaVA's own grouping by numbers of words; else a closer one by UTF-8 bytes, good for any script.
+        compat: LLaVA's own grouping, by numbers of words; else a closer one, by tokens.
     """
-    lengths = data.word_lengths() if compat else data.byte_lengths()
     step_size = batch_size * window
+    lengths: list[int] = []
+    if grouped:
+        lengths = data.word_lengths() if compat else data.token_lengths(tokenizer)
     order: list[int] = []
     epoch = 0
     while len(order) < num_steps * step_size:

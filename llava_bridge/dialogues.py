@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from llava_bridge.dialogue_sources import find_image, parse_dialogue, read_lines, read_list
 from llm2clip.caption_sources import ImageFolder, Problem
@@ -24,9 +23,12 @@ from llm2clip.run_dir import fingerprint
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+TURN_TOKENS = 5
+"""What a template writes around a turn, roughly; only differences between dialogues matter."""
 _BUILD_ROWS = 50_000
 _SCHEMA = pa.schema(
     {
@@ -191,10 +193,13 @@ class DialogueData:
         """
         return self._negate_text_only(self._num_words)
 
-    def byte_lengths(self) -> list[int]:
-        """Lengths as of `word_lengths`, in bytes of UTF-8 of the turns as they are used: they suit any script."""
-        sizes = pc.call_function("binary_length", [self._texts.values]).to_numpy(zero_copy_only=False)
-        ends = np.concatenate([[0], sizes.cumsum()])
+    def token_lengths(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Lengths as of `word_lengths`, in tokens of the turns as they are used; an image counts as one."""
+        texts, sizes = self._texts.values, []
+        for start in range(0, len(texts), _BUILD_ROWS):
+            chunk = texts.slice(start, _BUILD_ROWS).to_pylist()
+            sizes += [len(ids) + TURN_TOKENS for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]]
+        ends = np.concatenate([[0], np.cumsum(sizes)])
         return self._negate_text_only(np.diff(ends[np.asarray(self._texts.offsets)]))
 
     @cached_property

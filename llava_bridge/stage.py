@@ -81,6 +81,7 @@ def _train(call: StageCall[Any], stage: str, inputs: dict[str, str], data: Dialo
     args.max_steps = args.num_steps(-(-len(data) // args.global_batch_size) * args.global_batch_size)
     order = training_order(
         data,
+        composed.tokenizer,
         num_steps=args.max_steps,
         batch_size=args.train_batch_size,
         window=args.world_size * args.gradient_accumulation_steps,

@@ -25,6 +25,7 @@ import argparse
 import importlib
 import logging
 import multiprocessing
+import os
 import re
 import shlex
 import signal
@@ -196,6 +197,7 @@ def _split_arm(text: str) -> tuple[str, str]:
 def check(steps: list[Step]) -> dict[str, StageCall]:
     """Parse every step's configuration; all mistakes of all steps in one error."""
     calls, problems = {}, []
+    environment = dict(os.environ)
     for step in steps:
         step.config_file.parent.mkdir(parents=True, exist_ok=True)
         run_dir.atomic_write(step.config_file, yaml.safe_dump(step.settings, sort_keys=False))
@@ -203,6 +205,8 @@ def check(steps: list[Step]) -> dict[str, StageCall]:
             calls[step.name] = step.module.parse(step.argv)
         except ValueError as error:
             problems.append(f"{step.name}: {error}")
+    os.environ.clear()
+    os.environ.update(environment)  # DeepSpeed's settings of one stage are not for the others
     if problems:
         raise ValueError("\n".join(problems))
     return calls

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 ROOT = Path(__file__).parents[1]
 STAGE_CONFIGS = sorted((ROOT / "configs" / "llm2clip").glob("*.yaml"))
 CHAINS = sorted((ROOT / "configs").glob("*/llm2clip.yaml"))
+LLAVA_CHAINS = [*sorted((ROOT / "configs").glob("*/llava.yaml")), *sorted((ROOT / "configs" / "llava").glob("*.yaml"))]
 LLAMA3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -39,6 +41,7 @@ def run_chain(monkeypatch):
     monkeypatch.chdir(ROOT)
     yield importlib.import_module("run_chain")
     sys.modules.pop("run_chain")
+    unset_hf_deepspeed_config()  # which parsing a configuration with DeepSpeed leaves behind
 
 
 def stage_of(path: Path):
@@ -52,10 +55,11 @@ def stage_of(path: Path):
 def test_no_config_is_forgotten():
     """A new folder of configs needs a test here."""
     assert {path.parent.name for path in (ROOT / "configs").rglob("*.*")} == {
-        *("accelerate", "deepspeed", "demo", "llm2clip", "smoke", "study")
+        *("accelerate", "deepspeed", "demo", "llava", "llm2clip", "smoke", "study")
     }
     assert len(STAGE_CONFIGS) >= 3
     assert {path.parent.name for path in CHAINS} == {"demo", "smoke", "study"}
+    assert {path.parent.name for path in LLAVA_CHAINS} == {"demo", "smoke", "llava"}
 
 
 @pytest.mark.parametrize("path", STAGE_CONFIGS, ids=lambda path: path.name)
@@ -72,6 +76,58 @@ def test_every_stage_of_a_chain_parses(path, run_chain, tmp_path):
     chain, _ = run_chain.read_chain([str(path), "--root", str(tmp_path)])
     steps = run_chain.plan(chain)
     assert len(run_chain.check(steps)) == len(steps) >= 10
+
+
+def llava_steps(run_chain, path, root, *argv):
+    """Every stage, parsed; without what a machine without a GPU or the network refuses."""
+    chain, _ = run_chain.read_chain([str(path), "--root", str(root), *argv])
+    steps = run_chain.plan(chain)
+    for step in steps:
+        if "training" in step.settings:
+            step.settings["training"] |= {"bf16": False, "tf32": None, "use_cpu": True}
+    return steps, run_chain.check(steps)
+
+
+@pytest.mark.parametrize("path", LLAVA_CHAINS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_stage_of_a_llava_chain_parses(path, run_chain, tmp_path):
+    steps, calls = llava_steps(run_chain, path, tmp_path)
+    arms = run_chain.read_chain([str(path)])[0]["arms"]
+    assert len(calls) == len(steps) >= 3 * len(arms)
+    assert path.read_text().startswith("#"), "the header says command, hardware and expected numbers"
+
+
+def test_nothing_but_the_tower_differs_between_arms_of_the_demo(run_chain, tmp_path):
+    steps, calls = llava_steps(run_chain, ROOT / "configs" / "demo" / "llava.yaml", tmp_path)
+    for stage in ("pretrain", "finetune"):
+        first, second = (calls[f"{stage}-{arm}/seed-0"].resolved for arm in ("continued", "llm2clip"))
+        differing = {key for key in first if first[key] != second[key]}
+        assert differing == {"tower", "output_dir"} | ({"pretrained"} if stage == "finetune" else set())
+
+
+def test_full_scale_recipe_is_the_original(run_chain, tmp_path):
+    """LLaVA v1.2.2 scripts/v1_5/pretrain.sh, finetune.sh and finetune_lora.sh; reference/llava.md 1.2."""
+    _, calls = llava_steps(run_chain, ROOT / "configs" / "llava" / "vicuna_7b.yaml", tmp_path)
+    found = {name: calls[f"{name}-openai/seed-42"] for name in ("pretrain", "finetune")}
+    wanted = {"pretrain": (32, 1e-3, "plain", "square"), "finetune": (16, 2e-5, "vicuna_v1", "pad")}
+    for name, (batch, rate, template, aspect) in wanted.items():
+        config, training = found[name].config, found[name].training
+        assert (training.per_device_train_batch_size, training.learning_rate) == (batch, rate)
+        assert (config.template, config.data.image_aspect, config.data.max_length) == (template, aspect, 2048)
+        assert (training.weight_decay, training.warmup_steps, training.num_train_epochs) == (0.0, 0.03, 1)
+        assert training.lr_scheduler_type == "cosine" and config.feature_layer == -2
+        assert training.max_grad_norm == 0, "compat llava clips nothing"
+        settings = training.hf_deepspeed_config.config
+        assert settings["gradient_clipping"] == 0 and settings["zero_optimization"]["stage"] in (2, 3)
+    assert found["finetune"].config.data.group_by_modality_length
+    assert not found["pretrain"].config.data.group_by_modality_length
+    for name, batch in (("vicuna_7b_1x24gb", "qlora"), ("vicuna_7b_1x80gb", "lora")):
+        _, calls = llava_steps(run_chain, ROOT / "configs" / "llava" / f"{name}.yaml", tmp_path)
+        for stage, size in (("pretrain", 256), ("finetune", 128)):  # the same global batches on one GPU
+            assert calls[f"{stage}-openai/seed-42"].training.global_batch_size == size
+        config = calls["finetune-openai/seed-42"].config
+        assert (config.tune.llm, config.lora.rank, config.lora.alpha) == (batch, 128, 256)
+        assert calls["finetune-openai/seed-42"].training.learning_rate == 2e-4
+        assert config.projector_learning_rate == 2e-5
 
 
 def test_all_arms_parse_together(run_chain, tmp_path):

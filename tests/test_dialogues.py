@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tiny import tiny_tokenizer
 
 from llava_bridge import dialogue_sources
-from llava_bridge.dialogues import Dialogue, DialogueData, Turn
+from llava_bridge.dialogues import TURN_TOKENS, Dialogue, DialogueData, Turn
 
 
 def turns(*texts: Any) -> list[dict[str, Any]]:
@@ -301,7 +302,7 @@ def test_no_guess_among_several_extensions(root: Path) -> None:
 
 
 def test_lengths(root: Path) -> None:
-    """Words of all turns as in the file (LLaVA's `modality_lengths`); bytes of the turns that are used."""
+    """Words of all turns as in the file (LLaVA's `modality_lengths`); tokens of the turns that are used."""
     rows = [
         row("<image>\nWhat  is it?", "A cat.", id=0, image="2.png"),
         row("ü 😀", "b\nc", id=1),
@@ -310,9 +311,14 @@ def test_lengths(root: Path) -> None:
     ]
     data = DialogueData.open(write(root, rows))
     assert data.word_lengths() == [6, -4, 6, -5]
-    used = ["<image>\nWhat  is it?A cat.", "ü 😀b\nc", "<image>\nIs it  this ?No.", "ab c"]
-    assert [abs(n) for n in data.byte_lengths()] == [len(text.encode()) for text in used]
-    assert [n > 0 for n in data.byte_lengths()] == [True, False, True, False]
+    tokenizer = tiny_tokenizer()
+    lengths = data.token_lengths(tokenizer)
+    expected = [
+        sum(len(tokenizer(turn.text, add_special_tokens=False).input_ids) + TURN_TOKENS for turn in dialogue.turns)
+        for dialogue in data
+    ]
+    assert [abs(n) for n in lengths] == expected
+    assert [n > 0 for n in lengths] == [True, False, True, False]
 
 
 def test_fingerprint(root: Path) -> None:

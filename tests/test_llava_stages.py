@@ -162,9 +162,9 @@ def test_every_epoch_begins_with_a_step_of_its_own(root: Path):
     """Else batches of the second epoch would mix modalities."""
     data = DialogueData.open(root / "dialogues" / "dialogues.json")
     settings = {"batch_size": 3, "window": 2, "seed": 0, "grouped": True, "compat": True}
-    order = training_order(data, num_steps=12, **settings)
+    order = training_order(data, None, num_steps=12, **settings)
     assert len(order) == 72 and set(order[:36]) == set(range(32)) == set(order[36:])
-    assert order[:36] == training_order(data, num_steps=6, **settings) != order[36:]
+    assert order[:36] == training_order(data, None, num_steps=6, **settings) != order[36:]
     mixed = [len({bool(data[i].images) for i in order[at : at + 6]}) > 1 for at in range(0, 72, 6)]
     assert sum(mixed) <= 2 * 2  # the tail of an epoch, and what fills it up
 
