@@ -6,11 +6,11 @@ import functools
 import json
 import random
 
+from tiny import CORPUS, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llava_bridge.dialogues import Turn
-from tests.tiny import CORPUS, tiny_tokenizer
 
 PROMPT_CORPUS = (
     "A chat between a curious user and an artificial intelligence assistant.",

@@ -115,6 +115,27 @@ def test_changed_setting_is_refused_and_nothing_is_lost(finished):
     assert (root / "clip-llm2clip/seed-0/manifest.json").is_file()
 
 
+def test_llava_goes_on_from_its_towers(finished):
+    """pretrain, finetune, export, answers and report with SmolLM2; the model then answers in a process of its own."""
+    root, _ = finished
+    tower = str(root / "tower-llm2clip/seed-0/vision_tower")
+    argv = [sys.executable, "scripts/run_chain.py", "configs/smoke/llava.yaml", "--root", str(root / "llava")]
+    argv += ["--questions.data", str(root / "data"), "--pretrain.tower", tower, "--finetune.tower", tower]
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (root / "llava" / "report" / "report.html").stat().st_size > 20_000
+    again = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout.count("done before") == 7, again.stdout + again.stderr[-2000:]
+    model = root / "llava" / "export-llm2clip" / "seed-0" / "model"
+    picture = next((root / "llava" / "questions" / "images").iterdir())
+    chat = [sys.executable, "-m", "llava_bridge.cli", "chat", str(model), "--image", str(picture)]
+    answer = subprocess.run(
+        [*chat, "--question", "How many things are there?", "--max_new_tokens", "5"], capture_output=True, text=True
+    )
+    assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
+    shutil.rmtree(root / "llava")
+
+
 @pytest.mark.timeout(1800)
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished):
     """Last, because it runs the chain anew where the others look; at the same path, which some files name."""

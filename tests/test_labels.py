@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from dialogue_tokenizers import byte_level_tokenizer, llama_tokenizer, random_dialogue
 from PIL import Image
+from tokenizers import processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_bridge.dialogues import Turn
 from llava_bridge.labels import IGNORE, Encoded, encode
-from llava_bridge.templates import Rendered, generation_prompt, render
-from tests.dialogue_tokenizers import byte_level_tokenizer, llama_tokenizer, random_dialogue
+from llava_bridge.templates import Rendered, TemplateName, generation_prompt, render
 
 NUM_IMAGE_TOKENS = 4
 ENDS_WITH_TEXT = (
@@ -192,6 +193,17 @@ def test_plain_masks_exactly_bos_and_image_tokens(kind: str, prompt: str) -> Non
     assert encoded.labels == [IGNORE] * len(head) + encoded.input_ids[len(head) :]
     assert tokenizer.decode(encoded.input_ids[len(head) :]) == "a red cat </s> below\n"
     assert tokenizer.eos_token_id not in encoded.input_ids
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna_v1"])
+def test_bos_comes_first_also_where_the_tokenizer_does_not_add_it(template: TemplateName) -> None:
+    """Else an image token would be first, on which LLMs lean (docs/log.md)."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert tokenizer("a").input_ids[0] != tokenizer.bos_token_id
+    encoded = encode_turns(dialogue("<image>\nWhat?", "a cat"), tokenizer, template)
+    assert encoded.input_ids[0] == tokenizer.bos_token_id and encoded.labels[0] == IGNORE
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_bos_is_not_learned_when_the_text_begins_with_an_answer() -> None:

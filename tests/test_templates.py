@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from dialogue_tokenizers import byte_level_tokenizer, llama_tokenizer, random_dialogue
 from transformers import PreTrainedTokenizerFast
 
 from llava_bridge.dialogues import Turn
@@ -16,7 +17,6 @@ from llava_bridge.templates import (
     place_images,
     render,
 )
-from tests.dialogue_tokenizers import byte_level_tokenizer, llama_tokenizer, random_dialogue
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
