@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from llava_bridge.demo.questions import TYPES
 from llava_bridge.demo.texts import OTHER_LANGUAGES
 from llm2clip.config import StageCall, parse_stage
 from llm2clip.demo import packages
@@ -45,6 +46,8 @@ class DialogueConfig(packages.PackageConfig):
     """Dialogues in finetune.json, of all sorts together."""
     questions_per_dialogue: int = 4
     """Questions in each dialogue, where the picture allows as many."""
+    type_weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TYPES, 1.0))
+    """How likely each type of question about a scene is asked in training, relative to the others."""
     languages: list[str] = field(default_factory=lambda: list(OTHER_LANGUAGES))
     """Languages other than English."""
     language_share: float = 0.25
@@ -77,6 +80,8 @@ class DialogueConfig(packages.PackageConfig):
             for name in shares
             if not 0 <= getattr(self, name) <= 1
         ]
+        if set(self.type_weights) != set(TYPES) or min(self.type_weights.values(), default=0) <= 0:
+            problems.append(f"type_weights is {self.type_weights}, expected a positive weight for each of {TYPES}")
         if self.easy_vqa_share + self.text_only_share > 1:
             problems.append("easy_vqa_share and text_only_share are more than 1 together")
         if unknown := [tag for tag in self.languages if tag not in OTHER_LANGUAGES]:
@@ -161,6 +166,7 @@ def _training(
             scenes,
             config.num_dialogues - num_shapes - num_texts,
             config.questions_per_dialogue,
+            config.type_weights,
             config.languages,
             config.language_share,
             grid,

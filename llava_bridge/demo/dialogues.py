@@ -71,7 +71,14 @@ def _names(scene: Scene) -> str:
 
 
 def scene_samples(
-    scenes: Sequence[Scene], num: int, num_questions: int, tags: Sequence[str], share: float, grid: int, seed: int
+    scenes: Sequence[Scene],
+    num: int,
+    num_questions: int,
+    weights: Mapping[str, float],
+    tags: Sequence[str],
+    share: float,
+    grid: int,
+    seed: int,
 ) -> Iterator[Sample]:
     """Stage 2: dialogues about scenes, made in pairs that share their yes/no questions.
 
@@ -79,6 +86,7 @@ def scene_samples(
         scenes: training scenes.
         num: dialogues; an odd number is rounded down, for dialogues come in pairs.
         num_questions: questions in each.
+        weights: how likely each type of question is asked, relative to the others.
         tags: languages other than English.
         share: share of dialogues in those.
         grid: cells per side.
@@ -90,15 +98,19 @@ def scene_samples(
     for pair in range(num // 2):
         asker = askers[rng.choice(tags) if tags and rng.random() < share else "en"]
         scenes_of_pair = (next(source), next(source))
-        for side, questions in enumerate(_dialogue_pair(asker, scenes_of_pair, num_questions, rng)):
+        for side, questions in enumerate(_dialogue_pair(asker, scenes_of_pair, num_questions, weights, rng)):
             yield Sample(f"scene-dialogue-{2 * pair + side:06d}", scenes_of_pair[side].picture, questions)
 
 
-def _dialogue_pair(asker: Questioner, scenes: tuple[Scene, Scene], num: int, rng: Random) -> list[list[Question]]:
-    """Ask both scenes questions of the same types, drawn without repetition as long as there are others."""
+def _dialogue_pair(
+    asker: Questioner, scenes: tuple[Scene, Scene], num: int, weights: Mapping[str, float], rng: Random
+) -> list[list[Question]]:
+    """Ask both scenes questions of the same types, drawn by weight without repetition as long as there are others."""
     plan: list[str] = []
     while len(plan) < num:
-        plan += rng.sample(TYPES, min(len(TYPES), num - len(plan)))
+        # weighted sampling without replacement (Efraimidis & Spirakis 2006)
+        drawn = sorted(TYPES, key=lambda kind: rng.random() ** (1 / weights[kind]), reverse=True)
+        plan += drawn[: num - len(plan)]
     plan.sort(key=lambda kind: kind not in OPENING_TYPES)
     asked: tuple[set[str], set[str]] = (set(), set())
     dialogues: list[list[Question]] = [[], []]
