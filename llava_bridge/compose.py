@@ -73,6 +73,7 @@ def compose(
     Raises:
         ValueError: if a part is missing or cannot be used.
     """
+    vision_model: Any
     vision_model, image_processor = load_vision_model(tower)
     vision_model.to(tower_dtype)
     vision_model.set_attn_implementation(attn_implementation)
@@ -96,7 +97,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedMod
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.eos_token, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = "right"
-    rows = language_model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = language_model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows or rows % VOCABULARY_MULTIPLE:
         size = math.ceil(max(len(tokenizer), rows) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         language_model.resize_token_embeddings(size, pad_to_multiple_of=VOCABULARY_MULTIPLE)
@@ -106,7 +108,7 @@ def assemble(
     model_class: type[LlavaForConditionalGeneration],
     vision_model: PreTrainedModel,
     language_model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     spec: TowerSpec,
 ) -> LlavaForConditionalGeneration:
     """The model of these very modules, with a projector drawn from the global generator."""
@@ -120,8 +122,8 @@ def assemble(
         vision_feature_select_strategy=spec.select_strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=text_config.tie_word_embeddings,
-        pad_token_id=tokenizer.pad_token_id,
     )
+    config.pad_token_id = tokenizer.pad_token_id
     with torch.device("meta"):
         model = model_class(config)
     body: Any = model.model

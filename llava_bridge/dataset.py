@@ -35,7 +35,8 @@ class DialogueEncoder:
 
     template: TemplateName
     system: str | None
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """The LLM's, with `<image>` and a pad token."""
     image_processor: BaseImageProcessor
     num_image_tokens: int
     max_length: int

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from llava_bridge.labels import IGNORE
 from llava_bridge.tower import TowerSpec, drop_unused_layers, patch_features

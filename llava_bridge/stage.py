@@ -104,7 +104,7 @@ def _train(call: StageCall[Any], stage: str, inputs: dict[str, str], data: Dialo
         model=composed.model,
         args=args,
         train_dataset=stream,
-        data_collator=DialogueCollator(composed.tokenizer.pad_token_id),
+        data_collator=DialogueCollator(encoder.tokenizer.pad_token_id),
         lr_scale=tuning.learning_rate_scale(
             args.learning_rate, {"vision": config.vision_learning_rate, "projector": config.projector_learning_rate}
         ),
@@ -266,7 +266,7 @@ def show(encoder: DialogueEncoder, ids: Sequence[int], labels: Sequence[int]) ->
     text, position = "", 0
     for supervised, run in groupby(labels, key=lambda label: label != IGNORE):
         length = len(list(run))
-        piece = encoder.tokenizer.decode(ids[position : position + length], skip_special_tokens=False)
+        piece = encoder.tokenizer.decode(list(ids[position : position + length]), skip_special_tokens=False)
         text += f"[{piece}]" if supervised else piece
         position += length
     images = IMAGE_TOKEN * encoder.num_image_tokens

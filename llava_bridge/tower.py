@@ -111,7 +111,7 @@ def layers_of(tower: nn.Module, num_layers: int) -> nn.ModuleList:
     return found[0]
 
 
-def drop_unused_layers(tower: PreTrainedModel, spec: TowerSpec) -> None:
+def drop_unused_layers(tower: Any, spec: TowerSpec) -> None:
     """Delete what lies behind the feature layer, in place: `last_hidden_state` is then what LLaVA takes.
 
     Saves the memory and time of those layers, and leaves no parameter without a gradient when the tower is trained.

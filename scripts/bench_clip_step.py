@@ -15,7 +15,7 @@ import sys
 import time
 
 BATCH, TOKENS, STEPS = 128, 60, 6
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "17179869184"}  # as in scripts/env.sh
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "536870912"}  # as in scripts/env.sh
 VARIANTS = {
     "quick_gelu": ("quick_gelu", {}),
     "gelu": ("gelu", {}),

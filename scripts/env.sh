@@ -11,4 +11,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
 fi
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 # glibc keeps freed memory instead of giving it back at every step (docs/benchmarks.md).
-export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=17179869184
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=536870912

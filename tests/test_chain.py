@@ -145,8 +145,9 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished):
     assert len(durations) >= 13
     shutil.rmtree(root)
     rng = random.Random(0)
+    arms_alike = re.compile(r"(tower|retrieval)-(continued|llm2clip)/")  # their commands are killed for vanilla
     for stage, duration in durations.items():
-        if stage != "assets":
+        if stage != "assets" and not arms_alike.match(stage):
             kill_during(root, stage, rng.uniform(0.1, 0.9) * duration)
     result = chain(root)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -371,16 +371,28 @@ def test_building_again_gives_the_same_bytes(monkeypatch, root, data, tmp_path):
 def test_seed_and_missing_easy_vqa(monkeypatch, root, data, tmp_path):
     cache = install(monkeypatch, root)
     options = ["--seed=1", "--easy_vqa_share=0", "--languages=[]", "--num_dialogues=40", "--num_eval=2"]
+    weights = {kind: 1 for kind in questions.TYPES} | {"count": 1000}
+    options += ["--questions_per_dialogue=1", f"--type_weights={json.dumps(weights)}", "--text_only_share=0"]
     build.main([f"--output_dir={tmp_path / 'other'}", f"--data={root / 'scenes'}", *cache, *options])
     assert not list((tmp_path / "other" / "eval").glob("*/easy_vqa.parquet"))
     assert set(json.loads((tmp_path / "other" / "sources.json").read_text())) == {"emoji", "cldr"}
     assert entries(tmp_path / "other", "pretrain")[:50] != entries(data, "pretrain")[:50]
+    answers = [entry["conversations"][1]["value"] for entry in entries(tmp_path / "other", "finetune")]
+    assert sum(answer.isdigit() for answer in answers) > 0.9 * len(answers)  # the weights: else a fifth
 
 
 def test_bad_settings_are_named_together(tmp_path):
-    with pytest.raises(ValueError, match="(?s)num_dialogues is 1.*num_eval is 3.*language_share is 2.*'it'"):
+    with pytest.raises(
+        ValueError, match="(?s)num_dialogues is 1.*num_eval is 3.*language_share is 2.*type_weights.*'it'"
+    ):
         build.DialogueConfig(
-            output_dir=tmp_path, data=tmp_path, num_dialogues=1, num_eval=3, language_share=2, languages=["it"]
+            output_dir=tmp_path,
+            data=tmp_path,
+            num_dialogues=1,
+            num_eval=3,
+            language_share=2,
+            languages=["it"],
+            type_weights={"count": 1},
         )
 
 
