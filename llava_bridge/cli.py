@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llm2clip.cli import dispatch
 
 COMMANDS = {
-    "data demo": ("llava_bridge.demo.build", "build the demo's dialogues and questions"),
+    "data questions": ("llava_bridge.demo.build", "build the demo's dialogues and questions"),
     "check": ("llava_bridge.check", "report what is wrong with dialogues and their images, row by row"),
     "pretrain": ("llava_bridge.pretrain", "stage 1: train the projector on images and captions"),
     "finetune": ("llava_bridge.finetune", "stage 2: instruction tuning, in full, by LoRA or QLoRA"),

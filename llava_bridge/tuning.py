@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,8 @@ def save_tensors(
     tensors = model.state_dict() if state_dict is None else state_dict
     chosen = {name: tensors[name].detach().cpu().contiguous() for name in sorted(names)}
     with atomic_path(path) as temporary:
-        save_file(chosen, temporary, metadata={"format": "pt", **metadata})
+        # one entry: safetensors writes several in any order, and a resumed run must end with the same bytes
+        save_file(chosen, temporary, metadata={"llava_bridge": json.dumps(dict(metadata))})
 
 
 def load_tensors(path: Path, model: nn.Module) -> set[str]:

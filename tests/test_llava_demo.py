@@ -397,7 +397,7 @@ def test_bad_settings_are_named_together(tmp_path):
 
 
 def test_another_directory_than_scenes_is_refused(root, data, tmp_path):
-    with pytest.raises(ValueError, match="written by 'llava data demo', expected `llm2clip data demo`"):
+    with pytest.raises(ValueError, match="written by 'data questions', expected `llm2clip data demo`"):
         build.main([f"--output_dir={tmp_path / 'out'}", f"--data={data}"])
     with pytest.raises(FileNotFoundError, match="no run directory"):
         build.main([f"--output_dir={tmp_path / 'out'}", f"--data={tmp_path}"])

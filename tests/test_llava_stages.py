@@ -60,7 +60,7 @@ def test_pretrain_writes_the_projector_and_whose_it_is(root: Path, stage1: Path)
     names = {f"{PROJECTOR}linear_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")}
     with safe_open(stage1 / "trained.safetensors", "pt") as file:
         assert set(file.keys()) == names
-        header = file.metadata()
+        header = json.loads(file.metadata()["llava_bridge"])
     inputs = read_manifest(stage1)["inputs"]
     assert {part: header[part] for part in ("tower", "llm")} == {part: inputs[part] for part in ("tower", "llm")}
     losses = [entry["loss"] for entry in metrics(stage1)]

@@ -1,4 +1,4 @@
-"""`llava-bridge data demo`: captions and dialogues to train on and questions to evaluate with.
+"""`llava-bridge data questions`: captions and dialogues to train on and questions to evaluate with.
 
 Reads the run directory of `llm2clip data demo`. Writes `pretrain.json` and `finetune.json` (official LLaVA JSON; the
 image root is the output directory), `images/`, `eval/{val,test}/<pool>.parquet`, `contact_sheet.png`, `data_card.md`,
@@ -96,7 +96,7 @@ class DialogueConfig(packages.PackageConfig):
 
 
 def parse(argv: Sequence[str] | None = None) -> StageCall[DialogueConfig]:
-    return parse_stage(DialogueConfig, argv, prog="llava-bridge data demo")
+    return parse_stage(DialogueConfig, argv, prog="llava-bridge data questions")
 
 
 def inputs(call: StageCall[DialogueConfig]) -> dict[str, str]:
@@ -111,9 +111,9 @@ def inputs(call: StageCall[DialogueConfig]) -> dict[str, str]:
 
 def run(call: StageCall[DialogueConfig]) -> None:
     """Build everything below the output directory."""
-    with RunDir(call, stage="llava data demo", inputs=inputs(call)) as run:
+    with RunDir(call, stage="data questions", inputs=inputs(call)) as run:
         if run.complete:
-            logger.info("llava data demo: already complete, %s", run.path)
+            logger.info("data questions: already complete, %s", run.path)
             return
         facts = _build(call.config, run.path)
         run.finish(outputs=OUTPUTS, **facts)
@@ -134,7 +134,7 @@ def _build(config: DialogueConfig, folder: Path) -> dict[str, Any]:
     grid = read_manifest(config.data)["settings"]["grid"]
     pretrain, finetune = _training(config, found, concepts, grid)
     _write_training(folder, pretrain, finetune)
-    logger.info("llava data demo: %d training samples, %.1f s", len(pretrain + finetune), time.monotonic() - start)
+    logger.info("data questions: %d training samples, %.1f s", len(pretrain + finetune), time.monotonic() - start)
     tables = {}
     for name, asked in _evaluation(config, found, concepts, grid).items():
         tables[name] = evaluation.rows(name, asked)
@@ -143,7 +143,7 @@ def _build(config: DialogueConfig, folder: Path) -> dict[str, Any]:
     card.data_card(folder, facts, found)
     card.contact_sheet(folder, finetune, tables)
     logger.info(
-        "llava data demo: %d evaluation questions, %.1f s", sum(map(len, tables.values())), time.monotonic() - start
+        "data questions: %d evaluation questions, %.1f s", sum(map(len, tables.values())), time.monotonic() - start
     )
     return facts
 
@@ -216,7 +216,7 @@ def _evaluation(
         for pool in SCENE_POOLS:
             name = f"{split}/{pool}"
             if not (config.data / "pools" / name).is_dir():
-                logger.warning("llava data demo: %s has no pool %s, it is left out", config.data, name)
+                logger.warning("data questions: %s has no pool %s, it is left out", config.data, name)
                 continue
             scenes = read_scenes(config.data / "pools" / name, concepts)
             made[name] = scene_questions(scenes, "en", config.num_eval, grid, name, config.seed)

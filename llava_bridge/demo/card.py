@@ -102,7 +102,7 @@ def data_card(folder: Path, counts: Mapping[str, Any], found: Mapping[str, Fetch
     lines = [
         "# Demo dialogues",
         "",
-        "Made by `llava-bridge data demo` from the exact facts of `llm2clip data demo`; `contact_sheet.png` shows "
+        "Made by `llava-bridge data questions` from the exact facts of `llm2clip data demo`; `contact_sheet.png` shows "
         "samples. Training reads `train/` only: no held-out concept, wording, pair, count or place is in it.",
         "",
         "## How answers are kept from being guessed",
