@@ -102,8 +102,8 @@ def data_card(folder: Path, counts: Mapping[str, Any], found: Mapping[str, Fetch
     lines = [
         "# Demo dialogues",
         "",
-        "Made by `llava-bridge data questions` from the exact facts of `llm2clip data demo`; `contact_sheet.png` shows "
-        "samples. Training reads `train/` only: no held-out concept, wording, pair, count or place is in it.",
+        "Made by `llava-bridge data questions` from the exact facts of `llm2clip data demo`; `contact_sheet.png` "
+        "shows samples. Training reads `train/` only: no held-out concept, wording, pair, count or place is in it.",
         "",
         "## How answers are kept from being guessed",
         "- Yes/no questions come in pairs: one text, asked of two scenes, true of exactly one. P(yes | text) is one "
