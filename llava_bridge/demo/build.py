@@ -130,8 +130,9 @@ def _build(config: DialogueConfig, folder: Path) -> dict[str, Any]:
     start = time.monotonic()
     found = packages.fetch(config.own_packages, config.cache_dir)
     packages.write_sources(folder, found, config.own_packages)
-    concepts = {concept.key: concept for concept in load_concepts(found, config.languages)}
-    grid = read_manifest(config.data)["settings"]["grid"]
+    scenes = read_manifest(config.data)["settings"]
+    known = load_concepts(found, config.languages, seed=scenes["seed"])
+    concepts, grid = {concept.key: concept for concept in known}, scenes["grid"]
     pretrain, finetune = _training(config, found, concepts, grid)
     _write_training(folder, pretrain, finetune)
     logger.info("data questions: %d training samples, %.1f s", len(pretrain + finetune), time.monotonic() - start)

@@ -128,7 +128,7 @@ def _build(config: DemoConfig, folder: Path) -> dict[str, Any]:
     asked = packages.wanted(config, OWN_PACKAGES)
     found = packages.fetch(asked, config.cache_dir)
     packages.write_sources(folder, found, asked)
-    concepts = load_concepts(found, config.languages, config.num_concepts)
+    concepts = load_concepts(found, config.languages, config.num_concepts, config.seed)
     drawings = _draw(config, found, concepts)
     has_held_out = styles.HELD_OUT_STYLE in found
     recipe = Recipe(

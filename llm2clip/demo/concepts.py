@@ -112,20 +112,23 @@ def split_wordings(key: str, name: str, wordings: list[str], ambiguous: set[str]
     return {split: tuple(phrases) for split, phrases in dealt.items()}
 
 
-def load_concepts(packages: Mapping[str, Fetched], languages: list[str], limit: int | None = None) -> list[Concept]:
+def load_concepts(
+    packages: Mapping[str, Fetched], languages: list[str], limit: int | None = None, seed: int = 0
+) -> list[Concept]:
     """Read the lexicon and the packages' names and keywords.
 
     Args:
         packages: `emoji`, and `cldr` when it is there.
         languages: tags to read names for.
         limit: keep this many concepts, chosen by hash; None keeps all.
+        seed: of the hashes that choose concepts and hold some of them out; another one makes a new test.
 
     Raises:
         ValueError: if the lexicon names an emoji, or the configuration a language, that the packages don't have.
     """
     lexicon = json.loads(Path(__file__).with_name("lexicon.json").read_text(encoding="utf-8"))
     rows = {key: (category, phrases) for category, group in lexicon.items() for key, phrases in group.items()}
-    kept = sorted(rows, key=lambda key: fraction(f"keep:{key}"))[:limit]
+    kept = sorted(rows, key=lambda key: fraction(f"{seed}:keep:{key}"))[:limit]
     emoji = _emoji_by_name(packages["emoji"])
     if unknown := sorted(set(rows) - set(emoji)):
         raise ValueError(f"lexicon.json: no emoji of the `emoji` package is called {unknown}")
@@ -141,7 +144,7 @@ def load_concepts(packages: Mapping[str, Fetched], languages: list[str], limit: 
     keywords = _keywords(packages)
     concepts = []
     for key in sorted(kept):
-        split = split_of(f"concept:{key}", TEST_CONCEPTS, VAL_CONCEPTS)
+        split = split_of(f"{seed}:concept:{key}", TEST_CONCEPTS, VAL_CONCEPTS)
         wordings: dict[Split, tuple[str, ...]]
         if split == "train":
             wordings = split_wordings(key, names[key], others[key], ambiguous)
