@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bridge.export_files import generation_settings
 from llava_bridge.tower import TowerSpec
+from llm2clip.fresh_process import MAX_GREY_LEVELS, check_in_fresh_process
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +27,6 @@ CONVERSATION = (
 """What is asked about the image; its form for `templates.generation_prompt` is the caller's."""
 MAX_LOGIT_DIFFERENCE = 1e-3
 """In float32, relative to the largest logit: kernels of other versions and devices round differently."""
-MAX_GREY_LEVELS = 2.0
-"""transformers' torchvision and PIL backends differ by one grey level, and interpolation by another."""
 NUM_GENERATED = 8
 
 
@@ -40,11 +37,10 @@ class Reference:
     tensors: dict[str, torch.Tensor]
     conversation: Sequence[dict[str, str]]
 
-    def save(self, file: Path) -> None:
-        """Write it for `export_check.py`."""
-        from safetensors.torch import save_file
-
-        save_file(self.tensors, file, metadata={"conversation": json.dumps(list(self.conversation))})
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header of the file that `export_check.py` reads."""
+        return {"conversation": json.dumps(list(self.conversation))}
 
 
 def make_reference(
@@ -120,15 +116,8 @@ def verify(directory: Path, reference: Reference) -> dict[str, Any]:
     Raises:
         RuntimeError: saying what differs.
     """
-    file = directory.with_name(f".{directory.name}.reference.safetensors")
-    reference.save(file)
     script = Path(__file__).with_name("export_check.py")
-    command = [sys.executable, "-I", str(script), str(directory), str(file)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    file.unlink()
-    if result.returncode:
-        raise RuntimeError(f"{directory} does not load in a fresh process:\n{result.stderr}")
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = check_in_fresh_process(script, directory, reference.tensors, reference.metadata)
     if problems := find_problems(report):
         raise RuntimeError(f"{directory} is not the model it was exported from: {'; '.join(problems)}")
     logger.info("export: %s loads with transformers %s, all keys, same logits", directory, report["transformers"])

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
+from llm2clip.fresh_process import MAX_GREY_LEVELS, check_in_fresh_process
 from llm2clip.run_dir import RunDir, atomic_write, fingerprint
 from llm2clip.vision_tower import load_vision_model, write_tower
 
@@ -32,8 +31,6 @@ logger = logging.getLogger(__name__)
 TOWER = "vision_tower"
 MAX_DIFFERENCE = 1e-6
 """Of features in float32, relative where they exceed one."""
-MAX_GREY_LEVELS = 2.0
-"""transformers' torchvision and PIL backends differ by one grey level, and interpolation by another."""
 
 
 @dataclass(kw_only=True)
@@ -85,18 +82,8 @@ def verify_tower(tower: Path, vision_model: PreTrainedModel, processor: BaseImag
     Raises:
         RuntimeError: if a key is missing, unexpected or of another shape, or features or pixels differ.
     """
-    from safetensors.torch import save_file
-
-    reference = tower.parent / ".reference.safetensors"
-    save_file(reference_outputs(vision_model, processor), reference)
     script = Path(__file__).with_name("export_check.py")
-    result = subprocess.run(
-        [sys.executable, "-I", str(script), str(tower), str(reference)], capture_output=True, text=True
-    )
-    reference.unlink()
-    if result.returncode:
-        raise RuntimeError(f"{tower} does not load in a fresh process:\n{result.stderr}")
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = check_in_fresh_process(script, tower, reference_outputs(vision_model, processor))
     if problems := find_problems(report):
         raise RuntimeError(f"{tower} is not the model it was exported from: {'; '.join(problems)}")
     logger.info("export: %s loads with transformers %s, all keys, same features", tower, report["transformers"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors.torch import save_file
 from tiny_llava import IMAGE_TOKENS, llava_model, llava_tokenizer, tower_processor
 
 from llava_bridge import export_check, export_verify
@@ -54,7 +55,7 @@ class Export:
         self.reference = export_verify.make_reference(
             self.model, self.tokenizer, image_processor_for(processor, aspect), self.tokenizer(prompt).input_ids
         )
-        self.reference.save(self.file)
+        save_file(self.reference.tensors, self.file, metadata=self.reference.metadata)
 
     def problems(self) -> list[str]:
         report = export_check.check(str(self.directory), str(self.file))

@@ -31,19 +31,20 @@ def start(command: str, arguments: list[str], *launcher: str, **environment: str
     """
     program, stage = command.split(maxsplit=1)
     module = {"llm2clip": "llm2clip.cli", "llava-bridge": "llava_bridge.cli"}[program]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        [*(launcher or (sys.executable,)), "-m", module, *stage.split(), *arguments], cwd=ROOT, env=variables
-    )
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "LLM2CLIP_DEBUG": "1", **environment}
+    argv = [*(launcher or (sys.executable,)), "-m", module, *stage.split(), *arguments]
+    return subprocess.Popen(argv, cwd=ROOT, env=variables)
 
 
 def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
     """kill -9 the process and its children as soon as `condition()`; False if it ended before."""
     while process.poll() is None:
         if condition():
-            for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            children = psutil.Process(process.pid).children(recursive=True)
+            for member in (*children, process):
                 member.kill()
+            psutil.wait_procs(children, timeout=60)
             process.wait()
             return True
-        time.sleep(0.01)
+        time.sleep(0.001)
     return False

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import old_transformers
 import pytest
 import torch
 import transformers
@@ -167,41 +165,28 @@ def test_a_directory_without_a_model_or_processor_is_bad_input(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TOWERS)
-def test_transformers_4_57_loads_every_key(tmp_path, kind, old_transformers):
+def test_transformers_4_57_loads_every_key(tmp_path, kind, packages):
     save_tower(tmp_path / "source", kind)
     tower = run_export(tmp_path / "source", tmp_path / "export")
     vision_model, processor = export.load_vision_model(str(tmp_path / "source"))
     save_file(export.reference_outputs(vision_model, processor), tmp_path / "reference.safetensors")
-    report = check_under(old_transformers, tower, tmp_path / "reference.safetensors")
+    report = old_transformers.check_under(packages, export_check.__file__, tower, tmp_path / "reference.safetensors")
     assert report["transformers"].startswith("4.57")
     assert export.find_problems(report) == []
 
 
 @pytest.mark.slow
-def test_transformers_4_57_shows_why_the_prefix_is_needed(tmp_path, old_transformers):
+def test_transformers_4_57_shows_why_the_prefix_is_needed(tmp_path, packages):
     """The negative control: what 5.x saves by itself arrives in 4.57 as a random tower."""
     save_tower(tmp_path / "source", "clip")
     vision_model, processor = export.load_vision_model(str(tmp_path / "source"))
     save_file(export.reference_outputs(vision_model, processor), tmp_path / "reference.safetensors")
-    report = check_under(old_transformers, tmp_path / "source", tmp_path / "reference.safetensors")
+    report = old_transformers.check_under(
+        packages, export_check.__file__, tmp_path / "source", tmp_path / "reference.safetensors"
+    )
     assert any("missing keys" in problem for problem in export.find_problems(report))
 
 
 @pytest.fixture(scope="module")
-def old_transformers(tmp_path_factory) -> Path:
-    """transformers 4.57 in a directory that is put before this environment's packages; torch is shared."""
-    target = tmp_path_factory.mktemp("transformers_4_57")
-    packages = ["transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0"]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *packages]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        pytest.skip(f"no package index to take transformers 4.57 from: {result.stderr.strip().splitlines()[-1]}")
-    return target
-
-
-def check_under(packages: Path, tower: Path, reference: Path) -> dict:
-    command = [sys.executable, export_check.__file__, str(tower), str(reference)]
-    environment = {**os.environ, "PYTHONPATH": str(packages), "PYTHONSAFEPATH": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+def packages(tmp_path_factory) -> Path:
+    return old_transformers.install("4.57", tmp_path_factory.mktemp("transformers_4_57"))

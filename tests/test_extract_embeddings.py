@@ -10,16 +10,15 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import TWO_PROCESSES, kill_when, start
 from tiny import scene_captions, tiny_llm, write_captions
 
 from llm2clip import embedding_writer, extract_embeddings
@@ -350,23 +349,13 @@ def test_progress_tells_rate_time_left_and_memory(
     assert all(word in caplog.text for word in ("captions/s", "0:00:00 left", "GiB RAM"))
 
 
-def command(*args: str) -> list[str]:
-    return [*args, "-m", "llm2clip.cli", "extract-embeddings"]
+COMMAND = "llm2clip extract-embeddings"
 
 
 @pytest.mark.distributed
 def test_two_processes_give_the_bytes_of_one(tmp_path: Path, whole: Path, teacher: Path, scenes: Path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=2",
-        "--main_process_port=0",
-    ]
     given = arguments(tmp_path / "two", teacher, scenes, verify="true")
-    result = subprocess.run([*command(*launch), *given], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert start(COMMAND, given, *TWO_PROCESSES).wait() == 0
     assert contents(tmp_path / "two") == contents(whole)
 
 
@@ -401,13 +390,10 @@ def test_a_process_that_dies_does_not_keep_the_others_waiting(
 def test_killed_from_outside_again_and_again(tmp_path: Path, teacher: Path):
     data = write_captions(tmp_path / "data", scene_captions(1500))
     settings = {"rows_per_shard": 500, "batch_tokens": 1024}
-    run = [*command(sys.executable), *arguments(tmp_path / "killed", teacher, data, **settings)]
+    killed = tmp_path / "killed"
+    run = partial(start, COMMAND, arguments(killed, teacher, data, **settings))
     for num_shards in (1, 5):
-        process = subprocess.Popen(run, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list((tmp_path / "killed").glob("shard-*"))) < num_shards:
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(run).returncode == 0
+        assert kill_when(run(), lambda count=num_shards: len(list(killed.glob("shard-*"))) >= count)
+    assert run().wait() == 0
     extract(tmp_path / "whole", teacher, data, **settings)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import TWO_PROCESSES, kill_when, start
 from tiny import scene_captions, tiny_llm, write_captions
 from transformers import AutoModel
 
@@ -22,8 +18,6 @@ from llm2clip.caption_retrieval import caption_pool, caption_retrieval_accuracy
 from llm2clip.caption_training import PairCollator, PairModel
 from llm2clip.run_dir import read_manifest
 from llm2clip.teacher import CaptionEncoder, TeacherSpec, encode_texts
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -288,14 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> 
 
 # Processes
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-COMMAND = ["-m", "llm2clip.cli", "finetune-llm", "--config"]
-
-
-def start(config: str, *launcher: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*(launcher or (sys.executable,)), *COMMAND, config], env=ENVIRONMENT, cwd=ROOT, start_new_session=True
-    )
+COMMAND = "llm2clip finetune-llm"
 
 
 @pytest.mark.slow
@@ -304,8 +291,6 @@ def start(config: str, *launcher: str) -> subprocess.Popen:
 def test_two_processes_equal_one(root: Path, tmp_path: Path, launcher: str, batches: str) -> None:
     captions = [{"path": str(root / "data"), "weight": 1, "negatives": "random"}]
     loss = {"symmetric": True, "scale": 20.0}
-    accelerate = (str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2")
-    launch = (*accelerate, "--config_file", "configs/accelerate/ddp.yaml", "--main_process_port", "0")
     runs = {}
     for processes in (1, 2):
         training: dict = {"per_device_train_batch_size": 8 // processes, "max_steps": 6}
@@ -313,7 +298,9 @@ def test_two_processes_equal_one(root: Path, tmp_path: Path, launcher: str, batc
             training["deepspeed"] = "configs/deepspeed/zero2.json"
         run = runs[processes] = tmp_path / f"run-{processes}"
         values = settings(root, run, batches=batches, training=training, captions=captions, loss=loss)
-        assert start(config_file(values), *(launch if processes == 2 else ())).wait() == 0
+        arguments = ["--config", config_file(values)]
+        launch = TWO_PROCESSES if processes == 2 else ()
+        assert start(COMMAND, arguments, *launch, DS_ACCELERATOR="cpu").wait() == 0
     one, two = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs.values())
     for name in ("loss", "grad_norm", "accuracy"):
         expected, found = (torch.tensor([line[name] for line in lines]) for lines in (one, two))
@@ -330,7 +317,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(root: Path, tmp
     changes = {"mntp": mntp, "lora": {"dropout": 0.1}, "length_groups": 2, "training": {"save_steps": 2}}
     expected = content(make(root, tmp_path / "whole", **changes))
     run = tmp_path / "killed"
-    config = config_file(settings(root, run, **changes))
+    arguments = ["--config", config_file(settings(root, run, **changes))]
 
     def has_steps(count: int) -> bool:
         path = run / "metrics.jsonl"
@@ -343,14 +330,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(root: Path, tmp
         lambda: has_steps(6),
         lambda: (run / "model.safetensors").exists(),  # before the manifest
     )
-    kills = 0
-    for moment in moments:
-        process = start(config)
-        while process.poll() is None:
-            if moment():
-                os.killpg(process.pid, signal.SIGKILL)
-                kills += process.wait() == -signal.SIGKILL
-            time.sleep(0.001)
+    kills = sum(kill_when(start(COMMAND, arguments), moment) for moment in moments)
     assert kills >= 4
-    assert start(config).wait() == 0
+    assert start(COMMAND, arguments).wait() == 0
     assert content(run) == expected

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from clip_data import adapter_arguments, clip_arguments, write_clip_tokenizer, write_embeddings, write_scenes
+from processes import TWO_PROCESSES, kill_when, start
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -23,8 +19,6 @@ from llm2clip import train_clip
 from llm2clip.cli import COMMANDS, dispatch
 from llm2clip.images import ImageTransform
 from llm2clip.modeling_clip import LLM2CLIPModel
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +171,9 @@ def test_llm2clip_and_clip_are_continued_whole(
         adapter(inputs, tmp_path / "a", **{"model.init_from": llm2clip_run, "model.vision_config": {}, **still})
     )
     clip_again = train(continued(inputs, tmp_path / "c", clip_run, **still))
-    for run, start in ((again, llm2clip_run), (clip_again, clip_run)):
-        assert weights(run).keys() == weights(start).keys()
-        for name, value in weights(start).items():
+    for run, begun in ((again, llm2clip_run), (clip_again, clip_run)):
+        assert weights(run).keys() == weights(begun).keys()
+        for name, value in weights(begun).items():
             assert torch.equal(value, weights(run)[name]), name
 
 
@@ -375,25 +369,7 @@ def test_nan_stops_the_run_and_nothing_is_left_half_written(inputs: dict[str, Pa
 
 # Interruptions and launchers
 
-
-def start(arguments: list[str], *launcher: str, **environment: str) -> subprocess.Popen:
-    command = [*(launcher or (sys.executable,)), "-m", "llm2clip.cli", "train-clip", *arguments]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "LLM2CLIP_DEBUG": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=variables)
-
-
-def kill_when(process: subprocess.Popen, condition: Any) -> bool:
-    """kill -9 the process and its children as soon as `condition()`; False if it ended before."""
-    while process.poll() is None:
-        if condition():
-            family = [*psutil.Process(process.pid).children(recursive=True), process]
-            for member in family:
-                member.kill()
-            psutil.wait_procs([m for m in family if m is not process], timeout=60)
-            process.wait()
-            return True
-        time.sleep(0.001)
-    return False
+COMMAND = "llm2clip train-clip"
 
 
 def last_step(run: Path) -> int:
@@ -418,12 +394,12 @@ def test_kill_at_random_moments_changes_nothing(inputs: dict[str, Path], tmp_pat
     for attempt in range(6):
         begun_at = last_step(run)
         if attempt % 2:
-            kills += kill_when(start(arguments), lambda s=begun_at: in_the_middle_of_a_checkpoint(s + 4))
+            kills += kill_when(start(COMMAND, arguments), lambda s=begun_at: in_the_middle_of_a_checkpoint(s + 4))
         else:
             target = begun_at + moments.randint(1, 15)
-            kills += kill_when(start(arguments), lambda t=target: last_step(run) >= t)
+            kills += kill_when(start(COMMAND, arguments), lambda t=target: last_step(run) >= t)
     assert kills >= 4  # else there was nothing to continue
-    assert start(arguments).wait() == 0
+    assert start(COMMAND, arguments).wait() == 0
     for file in ("metrics.jsonl", "model.safetensors"):
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     assert not (run / "checkpoints").exists()
@@ -446,22 +422,10 @@ def test_two_processes_train_like_one(inputs: dict[str, Path], tmp_path: Path, l
     if launcher == "deepspeed":
         settings["training.deepspeed"] = "configs/deepspeed/zero2.json"
     run = tmp_path / launcher
-    launch = [
-        str(Path(sys.executable).with_name("accelerate")),
-        *(
-            "launch",
-            "--config_file",
-            "configs/accelerate/ddp.yaml",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-        ),
-    ]
     arguments = adapter(inputs, run, **settings)
     checkpoint = run / "checkpoints" / "checkpoint-8" / "complete"
-    assert kill_when(start(arguments, *launch, DS_ACCELERATOR="cpu"), checkpoint.exists)
-    assert start(arguments, *launch, DS_ACCELERATOR="cpu").wait() == 0
+    assert kill_when(start(COMMAND, arguments, *TWO_PROCESSES, DS_ACCELERATOR="cpu"), checkpoint.exists)
+    assert start(COMMAND, arguments, *TWO_PROCESSES, DS_ACCELERATOR="cpu").wait() == 0
     expected = metrics(one)
     assert expected[8]["logit_scale"] == 0.0 < expected[-1]["logit_scale"]  # held, then let go
     for ours, single in zip(metrics(run), expected, strict=True):
