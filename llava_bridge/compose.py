@@ -54,7 +54,6 @@ def compose(
     tower_dtype: torch.dtype = torch.float32,
     llm_dtype: torch.dtype = torch.float32,
     quantization: Any = None,
-    attn_implementation: str = "sdpa",
     seed: int = 0,
 ) -> Composed:
     """Load both parts, add `<image>` and a pad token, and draw a projector.
@@ -67,7 +66,6 @@ def compose(
         tower_dtype: of the tower's weights.
         llm_dtype: of the LLM's weights; the projector is float32.
         quantization: a `BitsAndBytesConfig` for the LLM.
-        attn_implementation: of both, as in `from_pretrained`.
         seed: of the projector and the two new embeddings; applied before they are drawn.
 
     Raises:
@@ -76,12 +74,11 @@ def compose(
     vision_model: Any
     vision_model, image_processor = load_vision_model(tower)
     vision_model.to(tower_dtype)
-    vision_model.set_attn_implementation(attn_implementation)
     spec = TowerSpec.of(vision_model.config, feature_layer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(llm)
         language_model: Any = AutoModelForCausalLM.from_pretrained(
-            llm, dtype=llm_dtype, attn_implementation=attn_implementation, quantization_config=quantization
+            llm, dtype=llm_dtype, quantization_config=quantization
         )
     except (OSError, KeyError) as error:
         raise ValueError(f"{llm} holds no decoder LLM with its tokenizer ({error})") from error

@@ -102,10 +102,9 @@ def restore(config: ExportConfig, settings: dict[str, Any]) -> tuple[Composed, b
     from llava_bridge.compose import compose
 
     composed = compose(settings["tower"], settings["llm"], feature_layer=settings["feature_layer"])
-    with_lora = [part for part in ("vision", "llm") if settings[f"tune.{part}"] in ("lora", "qlora")]
-    if with_lora:
-        lora = tuning.LoraConfig(rank=settings["lora.rank"], alpha=settings["lora.alpha"], dropout=0.0)
-        tuning.add_lora(composed.model, tuning.linear_layers(composed.model, with_lora), lora)
+    with_lora = tuning.parts_with_lora(settings["tune.vision"], settings["tune.llm"])
+    lora = tuning.LoraConfig(rank=settings["lora.rank"], alpha=settings["lora.alpha"], dropout=0.0)
+    tuning.add_lora(composed.model, with_lora, lora)
     tuning.load_tensors(Path(config.trained) / tuning.WEIGHTS, composed.model)
     if with_lora and config.merge_lora:
         tuning.merge_lora(composed.model)  # in float32, before rounding

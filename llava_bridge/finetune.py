@@ -36,7 +36,7 @@ def run(call: StageCall[FinetuneConfig]) -> None:
         RuntimeError: if the loss is not finite; names the step.
     """
     data = stage.open_data(call.config)
-    stage.run_stage(call, STAGE, stage.finetune_inputs(call.config, data), data)
+    stage.run_stage(call, STAGE, stage.finetune_inputs(call.config, data), data, call.config.pretrained)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from llava_bridge.tuning import LoraConfig, TuneConfig
@@ -92,5 +93,5 @@ class PretrainConfig(LlavaStageConfig):
 class FinetuneConfig(LlavaStageConfig):
     """Stage 2: instruction tuning of projector and LLM (scripts/v1_5/finetune.sh)."""
 
-    pretrained: str | None = None
+    pretrained: Path | None = None
     """Output of pretrain for the same tower and LLM; None starts from a random projector."""

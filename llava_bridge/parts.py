@@ -20,7 +20,7 @@ def part_fingerprint(name: str) -> str:
     return name
 
 
-def require_same_parts(pretrained: str, inputs: dict[str, str]) -> None:
+def require_same_parts(pretrained: Path, inputs: dict[str, str]) -> None:
     """Refuse the output of a stage 1 that had another tower or LLM.
 
     Raises:

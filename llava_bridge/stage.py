@@ -58,23 +58,40 @@ def open_data(config: LlavaStageConfig) -> DialogueData:
     return DialogueData.open(Path(config.data.path), root, max_bad_fraction=config.data.max_bad_fraction)
 
 
-def run_stage(call: StageCall[Any], stage: str, inputs: dict[str, str], data: DialogueData) -> None:
-    """Train, or continue a killed run, and write `trained.safetensors`."""
+def run_stage(
+    call: StageCall[Any], stage: str, inputs: dict[str, str], data: DialogueData, pretrained: Path | None = None
+) -> None:
+    """Train, or continue a killed run, and write `trained.safetensors`.
+
+    Args:
+        call: the parsed invocation.
+        stage: its name.
+        inputs: fingerprint of everything that is read.
+        data: the dialogues.
+        pretrained: directory of the stage before, whose tensors are the start.
+    """
     with RunDir(call, stage=stage, inputs=inputs) as run_dir:
         if run_dir.complete:
             logger.info("%s: already complete, %s", stage, run_dir.path)
             return
-        _train(call, stage, inputs, data, run_dir)
+        _train(call, stage, inputs, data, pretrained, run_dir)
 
 
-def _train(call: StageCall[Any], stage: str, inputs: dict[str, str], data: DialogueData, run_dir: RunDir) -> None:
+def _train(
+    call: StageCall[Any],
+    stage: str,
+    inputs: dict[str, str],
+    data: DialogueData,
+    pretrained: Path | None,
+    run_dir: RunDir,
+) -> None:
     from llava_bridge import tuning
     from llava_bridge.dataset import DialogueCollator, DialogueStream, training_order
     from llava_bridge.trainer import LlavaTrainer, PretrainArguments
 
     config, args = call.config, call.training
     assert isinstance(args, PretrainArguments)
-    composed, inherited = build(config, args)
+    composed, inherited = build(config, args, pretrained)
     encoder = encoder_of(config, composed)
     if is_main_process():
         look_at(encoder, data, config.data.max_bad_fraction, stage)
@@ -131,7 +148,9 @@ def _train(call: StageCall[Any], stage: str, inputs: dict[str, str], data: Dialo
     trainer.remove_checkpoints()
 
 
-def build(config: LlavaStageConfig, args: PretrainArguments) -> tuple[Composed, set[str]]:
+def build(
+    config: LlavaStageConfig, args: PretrainArguments, pretrained: Path | None
+) -> tuple[Composed, set[str]]:
     """The model to train, and the names of tensors that it inherits from stage 1.
 
     Frozen parts are held in bfloat16 when training is; trained parts are float32 under autocast, except under
@@ -161,9 +180,8 @@ def build(config: LlavaStageConfig, args: PretrainArguments) -> tuple[Composed, 
         )
     composed.model.prepare_for_training(composed.spec)
     inherited: set[str] = set()
-    pretrained = getattr(config, "pretrained", None)
     if pretrained is not None:
-        inherited = load_tensors(Path(pretrained) / WEIGHTS, composed.model)
+        inherited = load_tensors(pretrained / WEIGHTS, composed.model)
     set_trainable(composed.model, config.tune, config.lora)
     return composed, inherited
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,9 +70,7 @@ def set_trainable(model: LlavaForTraining, tune: TuneConfig, lora: LoraConfig) -
     Raises:
         ValueError: if more tower layers are asked for than there are up to the feature layer.
     """
-    with_lora = [part for part in ("vision", "llm") if getattr(tune, part) in ("lora", "qlora")]
-    if with_lora:
-        add_lora(model, linear_layers(model, with_lora), lora)
+    add_lora(model, parts_with_lora(tune.vision, tune.llm), lora)
     vision_names = _vision_names(model, tune.vision_last_layers) if tune.vision == "full" else set()
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -80,6 +78,12 @@ def set_trainable(model: LlavaForTraining, tune: TuneConfig, lora: LoraConfig) -
         part = part_of(name)
         wanted = name in vision_names if part == "vision" else getattr(tune, part) == "full"
         parameter.requires_grad_(wanted)
+
+
+def parts_with_lora(vision: str, llm: str) -> list[Part]:
+    """The parts that have adapters, of how each is tuned."""
+    tuned: dict[Part, str] = {"vision": vision, "llm": llm}
+    return [part for part, how in tuned.items() if how in ("lora", "qlora")]
 
 
 def _vision_names(model: LlavaForTraining, last_layers: int | None) -> set[str]:
@@ -100,33 +104,43 @@ def _vision_names(model: LlavaForTraining, last_layers: int | None) -> set[str]:
     }
 
 
-def linear_layers(model: nn.Module, parts: Iterable[str]) -> list[str]:
+def linear_layers(model: nn.Module, parts: Iterable[Part]) -> list[str]:
     """Full names of the linear layers of these parts; the head is left out, as in QLoRA and LLaVA."""
     from torch import nn
 
-    prefixes = tuple(prefix for part in parts for prefix in PREFIXES[part] if prefix != "lm_head.")  # type: ignore[index]
+    prefixes = tuple(prefix for part in parts for prefix in PREFIXES[part] if prefix != "lm_head.")
     return [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(prefixes)
     ]
 
 
-def add_lora(model: nn.Module, names: list[str], lora: LoraConfig) -> None:
-    """Put adapters of PEFT on these layers, in place; everything else is frozen by it."""
+def add_lora(model: nn.Module, parts: Sequence[Part], lora: LoraConfig) -> None:
+    """Put adapters of PEFT on every linear layer of these parts, in place; everything else is frozen by it."""
     import peft
 
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
-    peft.inject_adapter_in_model(settings, model)
+    if parts:
+        names = linear_layers(model, parts)
+        settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
+        peft.inject_adapter_in_model(settings, model)
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _take_out(model: nn.Module, name: str, layer: Any) -> None:
+    """Put the layer that an adapter wraps back in its place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
 def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the weights they belong to and take them out, in place."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)  # type: ignore[attr-defined]
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    for name, layer in _lora_layers(model):
+        layer.merge(safe_merge=True)
+        _take_out(model, name, layer)
 
 
 def take_out_lora(model: nn.Module, directory: Path, base: str) -> None:
@@ -138,20 +152,16 @@ def take_out_lora(model: nn.Module, directory: Path, base: str) -> None:
         base: what the adapters' configuration names as their base model.
     """
     import peft
-    from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 
     tensors, names, settings = {}, [], {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, LoraLayer):
-            continue
+    for name, layer in _lora_layers(model):
         names.append(name)
-        settings = {"r": module.r["default"], "lora_alpha": module.lora_alpha["default"]}
+        settings = {"r": layer.r["default"], "lora_alpha": layer.lora_alpha["default"]}
         for matrix in ("lora_A", "lora_B"):
-            weight = getattr(module, matrix)["default"].weight
+            weight = getattr(layer, matrix)["default"].weight
             tensors[f"base_model.model.{name}.{matrix}.weight"] = weight.detach().contiguous()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())
+        _take_out(model, name, layer)
     directory.mkdir(parents=True, exist_ok=True)
     config = peft.LoraConfig(**settings, target_modules=names, base_model_name_or_path=base, inference_mode=True)
     config.save_pretrained(str(directory))
