@@ -148,9 +148,7 @@ def _train(
     trainer.remove_checkpoints()
 
 
-def build(
-    config: LlavaStageConfig, args: PretrainArguments, pretrained: Path | None
-) -> tuple[Composed, set[str]]:
+def build(config: LlavaStageConfig, args: PretrainArguments, pretrained: Path | None) -> tuple[Composed, set[str]]:
     """The model to train, and the names of tensors that it inherits from stage 1.
 
     Frozen parts are held in bfloat16 when training is; trained parts are float32 under autocast, except under

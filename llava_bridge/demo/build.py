@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from llava_bridge.demo.questions import TYPES
+from llava_bridge.demo.facts import TYPE_OF, TYPES
 from llava_bridge.demo.texts import OTHER_LANGUAGES
 from llm2clip.config import StageCall, parse_stage
 from llm2clip.demo import packages
@@ -46,8 +46,8 @@ class DialogueConfig(packages.PackageConfig):
     """Dialogues in finetune.json, of all sorts together."""
     questions_per_dialogue: int = 4
     """Questions in each dialogue, where the picture allows as many."""
-    type_weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TYPES, 1.0))
-    """How likely each type of question about a scene is asked in training, relative to the others."""
+    question_weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TYPE_OF, 1.0))
+    """How likely each subtype of question about a scene is asked in training, relative to the others."""
     languages: list[str] = field(default_factory=lambda: list(OTHER_LANGUAGES))
     """Languages other than English."""
     language_share: float = 0.25
@@ -56,8 +56,8 @@ class DialogueConfig(packages.PackageConfig):
     """Share of dialogues about easy-VQA's pictures; 0 does not fetch it."""
     text_only_share: float = 0.1
     """Share of dialogues without a picture."""
-    num_eval: int = 200
-    """English questions of each type in each evaluation file; even, for yes/no questions come in pairs."""
+    num_eval: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TYPES, 200))
+    """English questions of each type in each evaluation file; even, for they are asked of pairs of scenes."""
     num_language_eval: int = 50
     """Questions of each type and other language about the seen scenes; even."""
     seed: int = 0
@@ -69,19 +69,19 @@ class DialogueConfig(packages.PackageConfig):
             for name, least in (("num_captions", 1), ("num_dialogues", 2), ("questions_per_dialogue", 1))
             if getattr(self, name) < least
         ]
-        problems += [
-            f"{name} is {getattr(self, name)}, expected an even number of at least {least}"
-            for name, least in (("num_eval", 2), ("num_language_eval", 0))
-            if getattr(self, name) < least or getattr(self, name) % 2
-        ]
+        if self.num_language_eval < 0 or self.num_language_eval % 2:
+            problems.append(f"num_language_eval is {self.num_language_eval}, expected an even number, or 0")
+        if set(self.num_eval) != set(TYPES) or any(number < 2 or number % 2 for number in self.num_eval.values()):
+            problems.append(f"num_eval is {self.num_eval}, expected an even number of at least 2 for each of {TYPES}")
         shares = ("language_share", "easy_vqa_share", "text_only_share")
         problems += [
             f"{name} is {getattr(self, name)}, expected a share from 0 to 1"
             for name in shares
             if not 0 <= getattr(self, name) <= 1
         ]
-        if set(self.type_weights) != set(TYPES) or min(self.type_weights.values(), default=0) <= 0:
-            problems.append(f"type_weights is {self.type_weights}, expected a positive weight for each of {TYPES}")
+        if set(self.question_weights) != set(TYPE_OF) or min(self.question_weights.values(), default=0) <= 0:
+            expected = f"a positive weight for each of {tuple(TYPE_OF)}"
+            problems.append(f"question_weights is {self.question_weights}, expected {expected}")
         if self.easy_vqa_share + self.text_only_share > 1:
             problems.append("easy_vqa_share and text_only_share are more than 1 together")
         if unknown := [tag for tag in self.languages if tag not in OTHER_LANGUAGES]:
@@ -154,7 +154,7 @@ def _training(
 ) -> tuple[list[Sample], list[Sample]]:
     from llava_bridge.demo import dialogues
     from llava_bridge.demo.easy_vqa import read_shapes
-    from llava_bridge.demo.questions import read_scenes
+    from llava_bridge.demo.facts import read_scenes
 
     scenes = read_scenes(config.data / "train" / "scenes", concepts)
     singles = read_scenes(config.data / "train" / "singles", concepts)
@@ -167,7 +167,7 @@ def _training(
             scenes,
             config.num_dialogues - num_shapes - num_texts,
             config.questions_per_dialogue,
-            config.type_weights,
+            config.question_weights,
             config.languages,
             config.language_share,
             grid,
@@ -209,7 +209,7 @@ def _evaluation(
     """Questions by `split/pool`; pools that the data lacks are left out."""
     from llava_bridge.demo.easy_vqa import read_shapes
     from llava_bridge.demo.evaluation import SCENE_POOLS, SHAPE_POOL, scene_questions, shape_questions
-    from llava_bridge.demo.questions import read_scenes
+    from llava_bridge.demo.facts import read_scenes
 
     made: dict[str, list[Asked]] = {}
     shapes = read_shapes(found[SHAPES], "test") if SHAPES in found else []
@@ -222,8 +222,9 @@ def _evaluation(
             scenes = read_scenes(config.data / "pools" / name, concepts)
             made[name] = scene_questions(scenes, "en", config.num_eval, grid, name, config.seed)
             if pool == "seen":
+                of_language = dict.fromkeys(TYPES, config.num_language_eval)
                 for tag in config.languages:
-                    made[name] += scene_questions(scenes, tag, config.num_language_eval, grid, name, config.seed)
+                    made[name] += scene_questions(scenes, tag, of_language, grid, name, config.seed)
         if shapes:
             made[f"{split}/{SHAPE_POOL}"] = shape_questions(shapes[number::2], config.num_eval, config.seed, split)
     return made

@@ -8,20 +8,12 @@ from random import Random
 from typing import Any
 
 from llava_bridge.demo.easy_vqa import Shape, ask_shapes
-from llava_bridge.demo.questions import (
-    OPENING_TYPES,
-    TYPES,
-    Picture,
-    Question,
-    Questioner,
-    Scene,
-    shuffled,
-    stratified,
-)
+from llava_bridge.demo.facts import Picture, Scene, shuffled, stratified
+from llava_bridge.demo.questions import OPENING_TYPES, Question, Questioner
 from llava_bridge.demo.texts import CAPTION_REQUESTS, ENGLISH, ENGLISH_NAMES, LANGUAGES, NUM_WORDINGS, Language
 from llm2clip.demo.concepts import Concept, bare
 
-CAPTION_KINDS = {"names": 0.3, "raw": 0.2, "short": 0.35, "long": 0.15}
+CAPTION_KINDS = {"names": 0.4, "raw": 0.3, "short": 0.3}
 """Shares of stage 1's answers: short ones teach the projector what things are called in the fewest tokens."""
 SINGLES_SHARE = 0.5
 """Share of stage 1's pictures that show one enlarged thing."""
@@ -86,7 +78,7 @@ def scene_samples(
         scenes: training scenes.
         num: dialogues; an odd number is rounded down, for dialogues come in pairs.
         num_questions: questions in each.
-        weights: how likely each type of question is asked, relative to the others.
+        weights: how likely each subtype of question is asked, relative to the others.
         tags: languages other than English.
         share: share of dialogues in those.
         grid: cells per side.
@@ -104,25 +96,21 @@ def scene_samples(
 
 def _dialogue_pair(
     asker: Questioner, scenes: tuple[Scene, Scene], num: int, weights: Mapping[str, float], rng: Random
-) -> list[list[Question]]:
-    """Ask both scenes questions of the same types, drawn by weight without repetition as long as there are others."""
-    plan: list[str] = []
-    while len(plan) < num:
-        # weighted sampling without replacement (Efraimidis & Spirakis 2006)
-        drawn = sorted(TYPES, key=lambda kind: rng.random() ** (1 / weights[kind]), reverse=True)
-        plan += drawn[: num - len(plan)]
-    plan.sort(key=lambda kind: kind not in OPENING_TYPES)
+) -> tuple[list[Question], list[Question]]:
+    """Ask both scenes questions of the same kinds, drawn by weight without repetition as long as there are others."""
     asked: tuple[set[str], set[str]] = (set(), set())
-    dialogues: list[list[Question]] = [[], []]
-    for kind in plan:
-        if kind == "yesno":
-            for dialogue, question in zip(dialogues, asker.ask_pair(*scenes, asked) or (), strict=False):
-                dialogue.append(question)
-            continue
-        for side in (0, 1):
-            question = asker.ask(kind, scenes[side], scenes[1 - side], asked[side])
-            if question:
-                dialogues[side].append(question)
+    dialogues: tuple[list[Question], list[Question]] = ([], [])
+    drawn: list[str] = []
+    idle = 0
+    while len(dialogues[0]) < num and idle < len(weights):
+        if not drawn:  # weighted sampling without replacement (Efraimidis & Spirakis 2006), the likeliest last
+            drawn = sorted(weights, key=lambda subtype: rng.random() ** (1 / weights[subtype]))
+        questions = asker.ask_both(drawn.pop(), scenes, asked)
+        idle = 0 if questions else idle + 1
+        for dialogue, question in zip(dialogues, questions or (), strict=False):
+            dialogue.append(question)
+    for dialogue in dialogues:
+        dialogue.sort(key=lambda question: question.type not in OPENING_TYPES)
     return dialogues
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from llava_bridge.demo.questions import Picture, Question, shuffled
+from llava_bridge.demo.facts import Picture, shuffled
+from llava_bridge.demo.questions import Question
 from llm2clip.demo.packages import Fetched
 from llm2clip.demo.wording import capitalise
 

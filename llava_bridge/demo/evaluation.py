@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from llava_bridge.demo.easy_vqa import EVAL_WORDINGS, Shape, ShapeQuestions
-from llava_bridge.demo.questions import TYPES, Picture, Question, Questioner, Scene, shuffled, stratified
+from llava_bridge.demo.facts import SUBTYPES, TYPES, Picture, Scene, shuffled, stratified
+from llava_bridge.demo.questions import Question, Questioner
 from llava_bridge.demo.texts import LANGUAGES
 from llm2clip.run_dir import atomic_path
 
@@ -28,13 +30,15 @@ class Asked(NamedTuple):
     question: Question
 
 
-def scene_questions(scenes: Sequence[Scene], tag: str, num: int, grid: int, name: str, seed: int) -> list[Asked]:
+def scene_questions(
+    scenes: Sequence[Scene], tag: str, num: Mapping[str, int], grid: int, name: str, seed: int
+) -> list[Asked]:
     """Questions about a pool's scenes.
 
     Args:
         scenes: the pool; at least two.
         tag: language.
-        num: questions of each type, if the scenes allow as many; even, for yes/no questions come in pairs.
+        num: questions of each type, if the scenes allow as many; even, for scenes are asked in pairs.
         grid: cells per side.
         name: of the pool, to seed with.
         seed: seed of everything random.
@@ -42,7 +46,7 @@ def scene_questions(scenes: Sequence[Scene], tag: str, num: int, grid: int, name
     return [
         asked
         for kind in TYPES
-        for asked in _of_type(kind, scenes, tag, num, grid, Random(f"{seed}:eval:{name}:{tag}:{kind}"))
+        for asked in _of_type(kind, scenes, tag, num[kind], grid, Random(f"{seed}:eval:{name}:{tag}:{kind}"))
     ]
 
 
@@ -51,28 +55,22 @@ def _of_type(kind: str, scenes: Sequence[Scene], tag: str, num: int, grid: int, 
     source = (stratified if kind == "count" else shuffled)(scenes, rng)
     asker = Questioner(LANGUAGES[tag], grid, rng, vary=False)
     topics: dict[str, set[str]] = {scene.picture.id: set() for scene in scenes}
+    subtypes = itertools.cycle(SUBTYPES[kind])
     made: list[Asked] = []
     idle = 0
     while len(made) < num and idle < PATIENCE * len(scenes):
         pair = (next(source), next(source))
-        new = [] if pair[0] is pair[1] else list(_ask_both(kind, pair, asker, topics))
-        made += new[: num - len(made)]
-        idle = 0 if new else idle + 2
+        questions = None
+        if pair[0] is not pair[1]:
+            asked = (topics[pair[0].picture.id], topics[pair[1].picture.id])
+            questions = asker.ask_both(next(subtypes), pair, asked)
+        for scene, question in zip(pair, questions or (), strict=False):
+            made.append(Asked(scene.picture, question))
+        idle = 0 if questions else idle + 2
     return made
 
 
-def _ask_both(kind: str, pair: tuple[Scene, Scene], asker: Questioner, topics: dict[str, set[str]]) -> Iterator[Asked]:
-    asked = (topics[pair[0].picture.id], topics[pair[1].picture.id])
-    if kind == "yesno":
-        for scene, question in zip(pair, asker.ask_pair(*pair, asked) or (), strict=False):
-            yield Asked(scene.picture, question)
-        return
-    for side in (0, 1):
-        if question := asker.ask(kind, pair[side], pair[1 - side], asked[side]):
-            yield Asked(pair[side].picture, question)
-
-
-def shape_questions(shapes: Sequence[Shape], num: int, seed: int, split: str) -> list[Asked]:
+def shape_questions(shapes: Sequence[Shape], num: Mapping[str, int], seed: int, split: str) -> list[Asked]:
     """Questions about easy-VQA's pictures; yes/no texts are kept only where both answers are equally frequent."""
     chosen = [
         Shape(shape.picture, tuple(q for q in shape.questions if q.text.lower().startswith(EVAL_WORDINGS)))
@@ -87,7 +85,7 @@ def shape_questions(shapes: Sequence[Shape], num: int, seed: int, split: str) ->
             for shape in rng.sample(chosen, len(chosen))
             if (question := chooser.ask(shape, kind, set()))
         ]
-        made += (_evened(of_kind) if kind == "yesno" else _in_turn(of_kind))[:num]
+        made += (_evened(of_kind) if kind == "yesno" else _in_turn(of_kind))[: num[kind]]
     return made
 
 
