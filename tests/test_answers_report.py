@@ -6,13 +6,13 @@ import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from html_page import Page
 from question_files import TEXTS, question, write_questions
 
 from llm2clip.run_dir import fingerprint
@@ -127,32 +127,6 @@ def make_report(settings: Mapping[str, Any]) -> Path:
 def read_groups(output_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
     found = json.loads((output_dir / "results.json").read_text())["groups"]
     return {(group["pool"], group["type"]): group for group in found}
-
-
-class Page(HTMLParser):
-    """Tags and attributes that a browser would see, and whether every tag is closed."""
-
-    VOID = frozenset({"meta", "img", "br"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_what_was_planted_is_found(settings, tmp_path):

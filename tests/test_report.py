@@ -6,13 +6,13 @@ import base64
 import json
 import re
 from collections.abc import Mapping
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from html_page import Page
 from PIL import Image
 from tiny import write_captions
 
@@ -156,32 +156,6 @@ def make_report(settings: Mapping[str, Any]) -> Path:
     config.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
     report.main(["--config", str(config)])
     return output_dir
-
-
-class Page(HTMLParser):
-    """Tags and attributes that a browser would see, and whether every tag is closed."""
-
-    VOID = frozenset({"meta", "img", "br"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_planted_differences_are_reported_on_the_right_side(settings):

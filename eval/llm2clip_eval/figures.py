@@ -50,14 +50,14 @@ def draw_all(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     colours = arm_colours(report)
     with matplotlib.rc_context(STYLE):
         forests = [
-            _save(draw_forest(comparison, report["headline"]), directory / f"differences-{number}.svg")
+            save(draw_forest(comparison, report["headline"]), directory / f"differences-{number}.svg")
             for number, comparison in enumerate(report["comparisons"])
         ]
         headline = loss = None
         if report["headline"]:
-            headline = _save(draw_headline(report, colours), directory / "headline.svg")
+            headline = save(draw_headline(report, colours), directory / "headline.svg")
         if any(steps for _, _, steps, _ in report["curves"]):
-            loss = _save(draw_losses(report["curves"], colours), directory / "loss.svg")
+            loss = save(draw_losses(report["curves"], colours), directory / "loss.svg")
     return {"headline": headline, "loss": loss, "forests": forests, "colours": colours}
 
 
@@ -71,7 +71,7 @@ def draw_answers(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     colours = arm_colours(report)
     with matplotlib.rc_context(STYLE):
         figure = draw_accuracy(report, colours)
-        return {"accuracy": _save(figure, directory / "accuracy.svg"), "colours": colours}
+        return {"accuracy": save(figure, directory / "accuracy.svg"), "colours": colours}
 
 
 def arm_colours(report: Mapping[str, Any]) -> dict[str, str]:
@@ -204,7 +204,8 @@ def _name(key: tuple[str, str]) -> str:
     return f"{key[0]} · {key[1]}"
 
 
-def _save(figure: Figure, path: Path) -> str:
+def save(figure: Figure, path: Path) -> str:
+    """Write an SVG, and give it as a data URL for pages that hold everything."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     atomic_write(path, buffer.getvalue())
