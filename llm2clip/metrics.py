@@ -56,28 +56,54 @@ def retrieval_ranks(
     caption_image: torch.Tensor,
     *,
     top: int = 5,
-    chunk_size: int = 1024,
+    chunk_size: int = 2048,
 ) -> RetrievalRanks:
-    """Rank every image against all captions and every caption against all images.
+    """Rank every image against all captions and every caption against all images, ties as in `relevant_ranks`.
+
+    Similarities are made in tiles, each of which serves both directions: there are never more than `chunk_size` ** 2
+    of them, however large the pool.
 
     Args:
         image_features: (num_images, dim), L2-normalised.
         text_features: (num_captions, dim), L2-normalised.
         caption_image: (num_captions,) index of the image each caption belongs to; images may have different numbers.
         top: how many images to keep per caption in `t2i_top` (fewer where the pool is smaller).
-        chunk_size: queries scored at a time, which bounds memory at `chunk_size * max(num_images, num_captions)`.
+        chunk_size: images and captions in a tile.
+
+    Raises:
+        ValueError: for features that are not finite, captions without an image of the pool, or images without caption.
     """
-    images = torch.arange(len(image_features))
-    i2t = [
-        relevant_ranks(image_features[rows] @ text_features.T, caption_image[None, :] == rows[:, None])
-        for rows in images.split(chunk_size)
-    ]
-    t2i, found = [], []
-    for rows in torch.arange(len(text_features)).split(chunk_size):
-        similarity = text_features[rows] @ image_features.T  # (chunk, num_images)
-        t2i.append(relevant_ranks(similarity, caption_image[rows][:, None] == images[None, :]))
-        found.append(similarity.topk(min(top, len(images)), dim=1).indices)
-    return RetrievalRanks(torch.cat(i2t).numpy(), torch.cat(t2i).numpy(), torch.cat(found).numpy())
+    num_images, num_captions = len(image_features), len(text_features)
+    if not (torch.isfinite(image_features).all() and torch.isfinite(text_features).all()):
+        raise ValueError("similarities are not finite; the model's features hold NaN or infinity")
+    counts = torch.bincount(caption_image, minlength=num_images)
+    if len(counts) > num_images or len(caption_image) != num_captions or not counts.all():
+        raise ValueError(
+            f"{num_captions} captions of {num_images} images: no relevant candidate for {int((counts == 0).sum())} "
+            f"images, {int(counts[num_images:].sum())} captions of images that are not there; every image needs a "
+            "caption and every caption an image"
+        )
+    own = torch.cat(  # (num_captions,) similarity of each caption and its image
+        [
+            (text_features[rows] * image_features[caption_image[rows]]).sum(dim=1)
+            for rows in torch.arange(num_captions).split(chunk_size)
+        ]
+    )
+    best = own.new_full((num_images,), -torch.inf).scatter_reduce(0, caption_image, own, "amax")
+    i2t = torch.zeros(num_images, dtype=torch.int64)
+    t2i = torch.zeros(num_captions, dtype=torch.int64)
+    found = []
+    for captions in torch.arange(num_captions).split(chunk_size):
+        top_scores, top_images = own.new_empty(len(captions), 0), captions.new_empty(len(captions), 0)
+        for images in torch.arange(num_images).split(chunk_size):
+            tile = text_features[captions] @ image_features[images].T
+            top_scores, order = torch.cat([top_scores, tile], 1).topk(min(top, top_scores.shape[1] + len(images)), 1)
+            top_images = torch.cat([top_images, images.expand(len(captions), -1)], 1).gather(1, order)
+            irrelevant = caption_image[captions][:, None] != images[None]
+            t2i[captions] += ((tile >= own[captions][:, None] - TIE_TOLERANCE) & irrelevant).sum(dim=1)
+            i2t[images] += ((tile >= best[images] - TIE_TOLERANCE) & irrelevant).sum(dim=0)
+        found.append(top_images)
+    return RetrievalRanks(i2t.numpy(), t2i.numpy(), torch.cat(found).numpy())
 
 
 def recall_at_k(ranks: Sequence[int] | np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

@@ -63,6 +63,51 @@ def test_one_caption_in_the_top_is_enough_for_image_to_text():
     assert retrieval_ranks(images, texts, torch.tensor([0, 0, 1])).i2t_ranks.tolist() == [0, 1]
 
 
+def recall_of_clip_benchmark(scores: torch.Tensor, positive: torch.Tensor, k: int) -> torch.Tensor:
+    """Positives among the first k over all positives, by query; CLIP_benchmark counts it as found if it is above 0."""
+    found = positive.gather(1, scores.topk(k, dim=1).indices).sum(dim=1)
+    return found / positive.sum(dim=1)
+
+
+@pytest.mark.parametrize(("num_images", "dim"), [(40, 6), (7, 3)])
+def test_recall_is_clip_benchmarks_on_random_features(num_images, dim):
+    generator = torch.Generator().manual_seed(1)
+    owner = torch.tensor([index for index in range(num_images) for _ in range(1 + (5 * index) % 7)])
+    owner = owner[torch.randperm(len(owner), generator=generator)]  # the captions of an image need not lie together
+    images = torch.nn.functional.normalize(torch.randn(num_images, dim, generator=generator), dim=1)
+    noise = torch.randn(len(owner), dim, generator=generator)
+    texts = torch.nn.functional.normalize(images[owner] + noise, dim=1)
+    ranks = retrieval_ranks(images, texts, owner, chunk_size=16)
+    scores = texts @ images.T
+    positive = owner[:, None] == torch.arange(num_images)[None]
+    ks = (1, 5) if num_images < 10 else (1, 5, 10, 25)
+    t2i, i2t = recall_at_k(ranks.t2i_ranks, ks), recall_at_k(ranks.i2t_ranks, ks)
+    for k in ks:
+        theirs = [recall_of_clip_benchmark(scores, positive, k), recall_of_clip_benchmark(scores.T, positive.T, k)]
+        assert [t2i[f"R@{k}"], i2t[f"R@{k}"]] == pytest.approx([100 * (r > 0).float().mean().item() for r in theirs])
+
+
+def test_tiles_are_bounded_and_make_no_difference(monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    images = torch.nn.functional.normalize(torch.randn(50, 4, generator=generator), dim=1)
+    images[30:] = images[:20]  # ties across tiles
+    owner = torch.arange(130) % 50
+    texts = images[owner] + 0.3 * torch.nn.functional.normalize(torch.randn(130, 4, generator=generator), dim=1)
+    texts = torch.nn.functional.normalize(texts, dim=1)
+    whole = retrieval_ranks(images, texts, owner, chunk_size=1000)
+    sizes = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda one, other: sizes.append((len(one), other.shape[1])) or matmul(one, other)
+    )
+    tiled = retrieval_ranks(images, texts, owner, chunk_size=7)
+    assert max(max(size) for size in sizes) == 7
+    assert np.array_equal(whole.i2t_ranks, tiled.i2t_ranks) and np.array_equal(whole.t2i_ranks, tiled.t2i_ranks)
+    similarity = (texts @ images.T).numpy()
+    best = [np.take_along_axis(similarity, found.t2i_top, axis=1) for found in (whole, tiled)]
+    assert np.allclose(*best, atol=1e-6) and (np.diff(best[1], axis=1) <= 1e-6).all()
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 64])
 def test_chunks_and_a_naive_loop_agree(chunk_size):
     generator = torch.Generator().manual_seed(0)
@@ -89,3 +134,7 @@ def test_non_finite_and_orphans_are_refused():
         relevant_ranks(torch.tensor([[float("nan"), 1.0]]), torch.tensor([[True, False]]))
     with pytest.raises(ValueError, match="no relevant candidate"):
         retrieval_ranks(unit([1, 0], [0, 1]), unit([1, 0]), torch.tensor([0]))
+    with pytest.raises(ValueError, match="1 captions of images that are not there"):
+        retrieval_ranks(unit([1, 0], [0, 1]), unit([1, 0], [0, 1], [1, 1]), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="not finite"):
+        retrieval_ranks(unit([1, 0]), torch.tensor([[float("inf"), 1.0]]), torch.tensor([0]))

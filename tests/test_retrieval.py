@@ -210,6 +210,45 @@ def test_the_images_of_a_pool_are_encoded_once_and_a_killed_run_keeps_its_result
     assert len(encoded) == 2
 
 
+def test_a_teacher_embeds_captions_as_the_store_does(tmp_path, pool):
+    from tiny_dual import write_llm2clip, write_teacher
+
+    from llm2clip.extract_embeddings import main as extract
+
+    teacher = write_teacher(tmp_path / "teacher")
+    clip = write_llm2clip(tmp_path / "model", teacher)
+    sources = f'[{{"path": "{pool}"}}]'
+    settings = ["--dtype", "float32", "--compute_dtype", "float32", "--output_dir", str(tmp_path / "embeddings")]
+    extract(["--teacher", str(teacher), "--data", sources, *settings])
+    stored = evaluate(tmp_path / "stored", clip, pool, embeddings=str(tmp_path / "embeddings"))
+    live = evaluate(tmp_path / "live", clip, pool, teacher=str(teacher))
+    assert live == stored
+    with pytest.raises(ValueError, match="give one of the two"):
+        evaluate(tmp_path / "x", clip, pool, teacher=str(teacher), embeddings=str(tmp_path / "embeddings"))
+
+
+def test_recall_at_any_k_and_images_from_the_cache(tmp_path, vanilla, pool):
+    plain = evaluate(tmp_path / "plain", vanilla, pool)
+    cache = str(tmp_path / "cache")
+    first = evaluate(tmp_path / "a", vanilla, pool, ks=[1, 2, 25], feature_cache=cache)
+    assert set(first["held_out__long"]["recall"]["t2i"]) == {"R@1", "R@2", "R@25"}
+    assert first["held_out__long"]["recall"]["mean"]["R@25"] == 100.0
+    assert first["held_out__raw"]["i2t_ranks"] == plain["held_out__raw"]["i2t_ranks"]
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert evaluate(tmp_path / "b", vanilla, pool, ks=[1, 2, 25], feature_cache=cache) == first
+    assert list((tmp_path / "cache").iterdir()) == [cached]
+    with pytest.raises(ValueError, match="with 1 among them"):
+        evaluate(tmp_path / "x", vanilla, pool, ks=[5])
+
+
+def test_settings_that_came_later_leave_a_run_what_it_was(tmp_path, vanilla, pool):
+    evaluate(tmp_path / "out", vanilla, pool)
+    settings = json.loads((tmp_path / "out" / "identity.json").read_text())["settings"]
+    assert not {"ks", "teacher", "feature_cache"} & set(settings)
+    with pytest.raises(ValueError, match="ks was None, is now"):
+        evaluate(tmp_path / "out", vanilla, pool, ks=[1, 5])
+
+
 def test_inputs_that_do_not_belong_together_are_refused(tmp_path, vanilla, llm2clip, pool):
     with pytest.raises(ValueError, match="trained on an LLM's caption embeddings"):
         evaluate(tmp_path / "a" / "out", llm2clip, pool)

@@ -17,6 +17,29 @@ LOG_SECONDS = 15
 """Between two lines of progress."""
 
 
+def load_llava(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A LLaVA model and its processor, for answering.
+
+    Args:
+        model: directory or hub id.
+        dtype: of the weights, such as float32.
+        device: such as cpu or cuda:1.
+
+    Returns:
+        Processor and model.
+
+    Raises:
+        ValueError: if `model` is no LLaVA model, or its settings name no end token.
+    """
+    kind = AutoConfig.from_pretrained(model).model_type
+    if kind != "llava":
+        raise ValueError(f"{model} is a {kind} model; expected llava, as llava-bridge export writes it")
+    llava: Any = LlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype))
+    if llava.generation_config.eos_token_id is None:
+        raise ValueError(f"{model}/generation_config.json has no eos_token_id; answers would never end")
+    return AutoProcessor.from_pretrained(model), llava.to(device).eval()
+
+
 class Answerer:
     """A LLaVA model with its processor, answering greedily in batches.
 
@@ -31,16 +54,9 @@ class Answerer:
     """
 
     def __init__(self, model: str, *, dtype: str, batch_size: int, max_new_tokens: int) -> None:
-        kind = AutoConfig.from_pretrained(model).model_type
-        if kind != "llava":
-            raise ValueError(f"{model} is a {kind} model; expected llava, as llava-bridge export writes it")
-        self.processor: Any = AutoProcessor.from_pretrained(model)
+        self.processor, self.model = load_llava(model, dtype, "cuda" if torch.cuda.is_available() else "cpu")
         self.image_token: str = self.processor.image_token
-        llava: Any = LlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype))
-        self.model = llava.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        ends = llava.generation_config.eos_token_id
-        if ends is None:
-            raise ValueError(f"{model}/generation_config.json has no eos_token_id; answers would never end")
+        ends = self.model.generation_config.eos_token_id
         self.ends = torch.tensor(ends, device=self.model.device).reshape(-1)
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens

@@ -1,8 +1,9 @@
 """Command `retrieval`: image-text retrieval of one model on every held-out pool, with the rank of every query.
 
 Reads a CLIP directory (LLM2CLIPModel, or a stock CLIP or SigLIP model), caption data for each pool and, for an
-LLM2CLIPModel, the embeddings of the pools' captions. Writes `results/<pool>__<kind>.json`, one per pool and caption
-kind, each with per-query ranks, so that models can be compared query by query.
+LLM2CLIPModel, the embeddings of the pools' captions, or the teacher that makes them. Writes
+`results/<pool>__<kind>.json`, one per pool and caption kind, each with per-query ranks, so that models can be compared
+query by query.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
     import torch
 
     from llm2clip.caption_data import CaptionData
+    from llm2clip_eval.dual_encoder import DualEncoder
 
     EncodeTexts = Callable[[CaptionData, np.ndarray], tuple[torch.Tensor, int | None]]
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results"
+ADDED: dict[str, Any] = {"ks": [1, 5, 10], "teacher": None}
+"""Later settings and what runs without them did: with these values a run is the one it was before."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +60,11 @@ class RetrievalConfig(StageConfig):
     pools: dict[str, Pool]
     """What to search, by name."""
     embeddings: Path | None = None
-    """Directory of extract-embeddings that holds the pools' captions; needed for an LLM2CLIPModel, and only there."""
+    """Directory of extract-embeddings that holds the pools' captions; for an LLM2CLIPModel, and only there."""
+    teacher: Path | None = None
+    """Instead of embeddings: the LLM2CLIPModel's teacher, which embeds the captions here."""
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10])
+    """R@k is reported for these; the 1:1 sets of long captions are reported at 1, 5, 10, 25 and 50."""
     split: str = "test"
     """Recorded in the results, so that numbers that chose a setting are not mistaken for numbers that test it."""
     seed: int = 0
@@ -65,6 +73,8 @@ class RetrievalConfig(StageConfig):
     """Images or captions encoded at a time."""
     num_workers: int = 0
     """Processes that decode images; 0 decodes in this one, which is faster for a few thousand small images."""
+    feature_cache: Path | None = None
+    """Folder where image features are kept by the content of model and images; default none are kept."""
 
     def __post_init__(self) -> None:
         problems = [] if self.pools else ["pools: at least one is needed"]
@@ -76,22 +86,30 @@ class RetrievalConfig(StageConfig):
         ]
         if self.batch_size < 1:
             problems.append(f"batch_size: {self.batch_size} is not positive")
+        if not {1} <= set(self.ks) or min(self.ks) < 1:
+            problems.append(f"ks: {self.ks}, expected positive numbers with 1 among them")
+        if self.embeddings is not None and self.teacher is not None:
+            problems.append("embeddings, teacher: give one of the two")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def parse(argv: Sequence[str] | None = None) -> StageCall[RetrievalConfig]:
     """Read the configuration of a command line."""
-    return parse_stage(RetrievalConfig, argv, prog="llm2clip-eval retrieval")
+    call = parse_stage(RetrievalConfig, argv, prog="llm2clip-eval retrieval")
+    same = {key for key, value in ADDED.items() if call.resolved[key] == value} | {"feature_cache"}
+    return replace(call, resolved={key: value for key, value in call.resolved.items() if key not in same})
 
 
 def inputs(call: StageCall[RetrievalConfig]) -> dict[str, str]:
-    """Fingerprints of the model, the pools and the embeddings."""
+    """Fingerprints of the model, the pools and the embeddings or the teacher."""
     config = call.config
     found = {"clip": fingerprint(config.clip) if Path(config.clip).exists() else config.clip}
     found |= {f"pools.{name}": fingerprint(pool.data) for name, pool in config.pools.items()}
     if config.embeddings is not None:
         found["embeddings"] = fingerprint(config.embeddings)
+    if config.teacher is not None:
+        found["teacher"] = fingerprint(config.teacher)
     return found
 
 
@@ -103,16 +121,12 @@ def run(call: StageCall[RetrievalConfig]) -> None:
         if run.complete:
             logger.info("retrieval: %s is complete", run.path)
             return
-        import torch
-        from transformers import AutoImageProcessor
-
         from llm2clip.caption_data import CaptionData
-        from llm2clip.images import ImageTransform
+        from llm2clip_eval.dual_encoder import DualEncoder
 
         (run.path / RESULTS).mkdir(exist_ok=True)
-        model = load_model(config.clip).to("cuda" if torch.cuda.is_available() else "cpu")
-        encode_texts = text_encoder(model, config)
-        transform = ImageTransform.from_image_processor(AutoImageProcessor.from_pretrained(config.clip))
+        encoder = DualEncoder(config.clip, teacher=config.teacher, batch_size=config.batch_size)
+        encode_texts = text_encoder(encoder, config)
         recalls = {}
         for name, pool in config.pools.items():
             data = CaptionData.open(pool.data, pool.fields)
@@ -122,7 +136,7 @@ def run(call: StageCall[RetrievalConfig]) -> None:
             paths = {kind: run.path / RESULTS / f"{name}__{kind}.json" for kind in kinds}
             todo = [kind for kind in kinds if not paths[kind].is_file()]
             began = time.monotonic()
-            images = encode_images(model, data, transform, config) if todo else None
+            images = encode_images(encoder, data, config) if todo else None
             for kind in todo:
                 assert images is not None
                 facts = {
@@ -135,7 +149,9 @@ def run(call: StageCall[RetrievalConfig]) -> None:
                     "fields": pool.fields,
                     "clip_fingerprint": fingerprints["clip"],
                 }
-                atomic_write(paths[kind], json.dumps(facts | rank_kind(images, data, kind, encode_texts)) + "\n")
+                atomic_write(
+                    paths[kind], json.dumps(facts | rank_kind(images, data, kind, encode_texts, config.ks)) + "\n"
+                )
             recalls[name] = {kind: json.loads(path.read_text())["recall"] for kind, path in paths.items()}
             means = ", ".join(f"{kind} {recall['mean']['R@1']:.1f}" for kind, recall in recalls[name].items())
             rate = len(data) / (time.monotonic() - began)
@@ -143,26 +159,9 @@ def run(call: StageCall[RetrievalConfig]) -> None:
         run.finish(outputs=[RESULTS], arm=config.arm, clip_fingerprint=fingerprints["clip"], recall=recalls)
 
 
-def load_model(clip: str) -> Any:
-    """Load an LLM2CLIPModel or a stock CLIP or SigLIP model, in float32.
-
-    Raises:
-        ValueError: if it is none of them.
-    """
-    from transformers import AutoModel
-
-    import llm2clip.modeling_clip  # noqa: F401  # registers LLM2CLIPModel with AutoModel
-
-    model = AutoModel.from_pretrained(clip, dtype="float32")
-    if model.config.model_type not in ("llm2clip", "clip", "siglip"):
-        raise ValueError(
-            f"{clip} is a {model.config.model_type}, which has no features to compare captions with; expected a "
-            "directory of train-clip, or a CLIP or SigLIP model"
-        )
-    return model.eval()
-
-
-def rank_kind(images: torch.Tensor, data: CaptionData, kind: str, encode_texts: EncodeTexts) -> dict[str, Any]:
+def rank_kind(
+    images: torch.Tensor, data: CaptionData, kind: str, encode_texts: EncodeTexts, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, Any]:
     """Rank the captions of one kind against the images that have one.
 
     Args:
@@ -170,6 +169,7 @@ def rank_kind(images: torch.Tensor, data: CaptionData, kind: str, encode_texts: 
         data: the pool.
         kind: caption kind; images without such a caption are left out and counted.
         encode_texts: captions to features.
+        ks: for which R@k is reported.
     """
     import torch
 
@@ -180,7 +180,7 @@ def rank_kind(images: torch.Tensor, data: CaptionData, kind: str, encode_texts: 
     used, caption_image = np.unique(rows, return_inverse=True)
     texts, num_truncated = encode_texts(data, captions)
     ranks = retrieval_ranks(images[torch.from_numpy(used)], texts, torch.from_numpy(caption_image))
-    recall = {"i2t": recall_at_k(ranks.i2t_ranks), "t2i": recall_at_k(ranks.t2i_ranks)}
+    recall = {"i2t": recall_at_k(ranks.i2t_ranks, ks), "t2i": recall_at_k(ranks.t2i_ranks, ks)}
     recall["mean"] = {k: (recall["i2t"][k] + recall["t2i"][k]) / 2 for k in recall["i2t"]}
     return {
         "data_fingerprint": data.fingerprint,
@@ -198,41 +198,29 @@ def rank_kind(images: torch.Tensor, data: CaptionData, kind: str, encode_texts: 
     }
 
 
-def encode_images(model: Any, data: CaptionData, transform: Any, config: RetrievalConfig) -> torch.Tensor:
+def encode_images(encoder: DualEncoder, data: CaptionData, config: RetrievalConfig) -> torch.Tensor:
     """Features of every image of a pool, (rows, dim), L2-normalised, on the CPU."""
-    import torch
-    from torch.utils.data import DataLoader
+    from llm2clip_eval.dual_encoder import encode_dataset
+    from llm2clip_eval.feature_cache import cached_features
 
-    loader = DataLoader(
-        _PoolImages(data, transform),  # type: ignore[arg-type]
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
+    return cached_features(
+        config.feature_cache,
+        lambda: encode_dataset(
+            data,
+            encoder.image_transform,
+            encoder.encode_image,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+        ),
+        model=encoder.model,
+        output="projected",
+        transform=encoder.image_transform,
+        images=data,
     )
-    features = []
-    with torch.inference_mode():
-        for pixel_values in loader:
-            found = model.get_image_features(pixel_values=pixel_values.to(model.device))
-            pooled = found if isinstance(found, torch.Tensor) else found.pooler_output
-            features.append(torch.nn.functional.normalize(pooled, dim=-1).cpu())
-    return torch.cat(features)
 
 
-class _PoolImages:
-    """What a DataLoader needs of a pool."""
-
-    def __init__(self, data: CaptionData, transform: Any) -> None:
-        self.data = data
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform.evaluate(self.data.load_image(index))
-
-
-def text_encoder(model: Any, config: RetrievalConfig) -> EncodeTexts:
-    """How this model's captions become features: from an embedding store, or by its own text tower.
+def text_encoder(encoder: DualEncoder, config: RetrievalConfig) -> EncodeTexts:
+    """How this model's captions become features: from an embedding store, through its teacher, or by its text tower.
 
     Returns:
         A function of the pool and the indices of n captions, giving (n, dim) L2-normalised features on the CPU and how
@@ -241,66 +229,40 @@ def text_encoder(model: Any, config: RetrievalConfig) -> EncodeTexts:
     Raises:
         ValueError: if the embeddings are missing, of another teacher, or given to a model that does not use them.
     """
-    if model.config.model_type != "llm2clip":
-        if config.embeddings is not None:
-            raise ValueError(
-                f"embeddings: {config.clip} reads captions itself; leave embeddings out for arm {config.arm}"
-            )
-        return _own_text_tower(model, config)
-    if config.embeddings is None:
+    if encoder.reads_captions and config.embeddings is not None:
+        raise ValueError(f"embeddings: {config.clip} reads captions itself; leave embeddings out for arm {config.arm}")
+    if config.embeddings is not None:
+        return _stored_embeddings(encoder, config.embeddings)
+    if not encoder.reads_captions and config.teacher is None:
         raise ValueError(
             f"embeddings: {config.clip} was trained on an LLM's caption embeddings; give the directory of "
-            "extract-embeddings that holds those of the pools"
+            "extract-embeddings that holds those of the pools, or its teacher"
         )
-    return _stored_embeddings(model, config.embeddings, config)
+
+    def encode(data: CaptionData, captions: np.ndarray) -> tuple[torch.Tensor, int | None]:
+        features, num_truncated = encoder.encode_captions(data.texts.take(captions).to_pylist())
+        return features.cpu(), num_truncated
+
+    return encode
 
 
-def _stored_embeddings(model: Any, embeddings: Path, config: RetrievalConfig) -> EncodeTexts:
+def _stored_embeddings(encoder: DualEncoder, embeddings: Path) -> EncodeTexts:
     import torch
 
     from llm2clip.embedding_store import EmbeddingStore
 
     store = EmbeddingStore(embeddings)
     store.require(
-        needed_by=config.clip,
-        teacher_fingerprint=model.config.teacher_fingerprint,
-        dim=model.config.caption_embedding_dim,
+        needed_by=encoder.clip,
+        teacher_fingerprint=encoder.model.config.teacher_fingerprint,
+        dim=encoder.model.config.caption_embedding_dim,
     )
 
     def encode(data: CaptionData, captions: np.ndarray) -> tuple[torch.Tensor, None]:
         rows = store.rows(data).rows[captions]
-        features = []
-        with torch.inference_mode():
-            for start in range(0, len(rows), config.batch_size):
-                vectors = store.gather(rows[start : start + config.batch_size]).to(model.device)
-                features.append(model.get_text_features(vectors).cpu())
-        return torch.cat(features), None
-
-    return encode
-
-
-def _own_text_tower(model: Any, config: RetrievalConfig) -> EncodeTexts:
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.clip)
-    length = model.config.text_config.max_position_embeddings
-    # SigLIP was trained with every caption padded to full length, and reads the last position.
-    padding = "max_length" if model.config.model_type == "siglip" else True
-
-    def encode(data: CaptionData, captions: np.ndarray) -> tuple[torch.Tensor, int]:
-        input_ids = tokenizer(data.texts.take(captions).to_pylist(), verbose=False)["input_ids"]
-        lengths = np.array([len(ids) for ids in input_ids])
-        shortest_first = np.argsort(lengths, kind="stable")  # else each batch is padded to its longest caption
-        features = []
-        with torch.inference_mode():
-            for start in range(0, len(captions), config.batch_size):
-                rows = shortest_first[start : start + config.batch_size]
-                texts = data.texts.take(captions[rows]).to_pylist()
-                batch = tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
-                pooled = model.get_text_features(**batch.to(model.device)).pooler_output
-                features.append(torch.nn.functional.normalize(pooled, dim=-1).cpu())
-        return torch.cat(features)[torch.from_numpy(np.argsort(shortest_first))], int((lengths > length).sum())
+        starts = range(0, len(rows), encoder.batch_size)
+        batches = (store.gather(rows[start : start + encoder.batch_size]) for start in starts)
+        return torch.cat([encoder.adapt(vectors).cpu() for vectors in batches]), None
 
     return encode
 
