@@ -236,21 +236,26 @@ def headline_table(comparison: Comparison) -> str:
     for candidate in comparison.candidates:
         lines.append(f"{candidate.label} against {comparison.baseline_label}")
         for task in candidate.tasks:
-            name = task.task if task.judge is None else f"{task.task} (judge)"
+            is_alone = [other.task for other in candidate.tasks].count(task.task) == 1
+            name = (task.task if is_alone else task.metric) + (" (judge)" if task.judge else "")
             interval = f"{task.low:+.1f} to {task.high:+.1f}"
             lines.append(
                 f"  {name:26} {task.baseline:9.1f} {task.candidate:9.1f} {task.difference:+8.1f}  {interval:20} "
-                f"{task.p_holm:7.3f}  {task.verdict}"
+                f"{_p(task.p_holm):>7}  {task.verdict}"
             )
         if macro := candidate.macro:
             interval = f"{macro.low:+.1f} to {macro.high:+.1f}"
             lines.append(
                 f"  {f'mean of {macro.num_tasks} tasks':26} {macro.baseline:9.1f} {macro.candidate:9.1f} "
-                f"{macro.difference:+8.1f}  {interval:20} {macro.p:7.3f}  (p not corrected)"
+                f"{macro.difference:+8.1f}  {interval:20} {_p(macro.p):>7}  (p not corrected)"
             )
     if comparison.single_seed:
         lines.append("A model with a single training seed: the intervals do not cover the noise of training.")
     return "\n".join(lines)
+
+
+def _p(value: float) -> str:
+    return "< .001" if value < 0.001 else f"{value:.3f}"
 
 
 def _runs(arm: ArmRuns) -> list[TaskRun]:

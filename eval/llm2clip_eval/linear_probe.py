@@ -1,7 +1,8 @@
 """Multinomial logistic regression on frozen features, its weight decay chosen on validation images.
 
 Minimised is mean cross-entropy + weight_decay / 2 * ||W||^2, the bias left free: what scikit-learn's
-`LogisticRegression` calls C is 1 / (weight_decay * images), and twice that for two classes. The sweep is CLIP's (Radford et al. 2021, appendix A.3).
+`LogisticRegression` calls C is 1 / (weight_decay * images), and twice that for two classes. The sweep is CLIP's
+(Radford et al. 2021, appendix A.3).
 """
 
 from __future__ import annotations
