@@ -331,7 +331,8 @@ def test_every_task_of_every_suite_is_there_with_its_metric(monkeypatch):
     for name in dict.fromkeys(row.task for row in rows):
         config = lmms_tasks.task_config(name, [DEMO_TASKS])
         metrics = {metric["metric"] for metric in config["metric_list"]}
-        assert {row.metric for row in rows if row.task == name} <= metrics | {None}
+        asked = {row.metric for row in rows if row.task == name and row.metric is not None}
+        assert {metric.partition(",")[0] for metric in asked} <= metrics  # behind the comma a filter
         assert config["output_type"] == "generate_until"
         if any(row.judge is None for row in rows if row.task == name):
             assert name not in ("mmvet", "llava_in_the_wild", "mmbench_en_dev", "mmbench_cn_dev")

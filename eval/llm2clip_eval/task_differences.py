@@ -246,7 +246,7 @@ def _strata(tasks: Sequence[Answers]) -> list[list[tuple[Answers, Paired]]]:
     stratum = statistics.clusters_of([of_task.tolist() for of_task in clusters])
     found = []
     for number in range(stratum.max() + 1):
-        members = np.flatnonzero(stratum == number)
+        members = np.flatnonzero(stratum == number).tolist()
         names = np.unique(np.concatenate([clusters[member] for member in members]))
         found.append(
             [

@@ -225,7 +225,8 @@ def _llava_bench(values: Sequence[Any]) -> Measured:
 def _mmmu(values: Sequence[Any]) -> Measured:
     from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
-    scores = np.array([float(evaluate_mmmu([value])[1]["acc"]) for value in values])
+    right: list[Any] = [evaluate_mmmu([value]) for value in values]  # (verdicts by question, accuracy) of each alone
+    scores = np.array([float(accuracy["acc"]) for _, accuracy in right])
     return _singly(scores, lambda sums: np.round(_share(sums), 5))
 
 
