@@ -112,7 +112,7 @@ def test_mixed_batches_answer_as_plain_transformers_does_one_by_one(llava, build
 
 def test_settings_are_heeded_and_arguments_left_alone(build):
     adapter = build(batch_size=4)
-    given = requests()
+    given: Any = requests()
     arguments = [copy.deepcopy(request.args[2]) for request in given]
     long = adapter.generate_until(given)
     assert [request.args[2] for request in given] == arguments and all(not request.resps for request in given)
@@ -159,7 +159,7 @@ def test_what_is_stored_is_not_asked_again_unless_anything_differs(tmp_path, lla
 def test_a_failure_is_recorded_told_and_asked_again(tmp_path, build, monkeypatch, counted):
     process = transformers.LlavaProcessor.__call__
 
-    def fails(self, images=None, text=None, **kwargs):
+    def fails(self, images=None, text=(), **kwargs):
         if any("big red tree" in prompt for prompt in text):
             raise ValueError("no such token")
         return process(self, images=images, text=text, **kwargs)

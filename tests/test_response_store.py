@@ -21,7 +21,8 @@ def test_what_was_appended_is_there_before_the_file_is_closed(tmp_path):
             assert len(path.read_bytes().splitlines()) == number + 1
     with ResponseStore(path) as store:
         assert [store.find(digest([number])) for number in range(2)] == [response(0), response(1, "")]
-        assert store.find(digest([2])).text == "zwei\nZeilen \ud83d\u2028 \x00"
+        third = store.find(digest([2]))
+        assert third and third.text == "zwei\nZeilen \ud83d\u2028 \x00"
         assert store.find(digest([3])) is None and len(store) == 3
 
 

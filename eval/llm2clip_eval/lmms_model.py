@@ -158,8 +158,11 @@ class LlavaAdapter(lmms):
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[Instance]]]:
         """Consecutive requests with the same generation settings."""
-        for settings, alike in itertools.groupby(requests, key=lambda request: generation_settings(request.args[2])):
-            group = list(alike)
+        wanted: list[Any] = [request.args for request in requests]
+        for settings, numbers in itertools.groupby(
+            range(len(requests)), lambda row: generation_settings(wanted[row][2])
+        ):
+            group = [requests[number] for number in numbers]
             for start in range(0, len(group), self.batch_size):
                 yield settings, group[start : start + self.batch_size]
 
@@ -171,8 +174,9 @@ class LlavaAdapter(lmms):
             try:
                 prompt = self._prompt(request, settings)
             except Exception as error:  # recorded; the call raises in the end
-                key = digest([self._identity, request.args[3], "no prompt"])
-                found[place] = self._keep(Response(key, request.args[3], None, _message(error), 0.0))
+                arguments: Any = request.args
+                key = digest([self._identity, arguments[3], "no prompt"])
+                found[place] = self._keep(Response(key, arguments[3], None, _message(error), 0.0))
                 continue
             known = self._store.find(prompt.key) if self._store is not None else None
             if known is None:
@@ -200,7 +204,8 @@ class LlavaAdapter(lmms):
         return response
 
     def _prompt(self, request: Instance, settings: Mapping[str, Any]) -> Prompt:
-        _, doc_to_messages, _, doc_id, task, split = request.args
+        arguments: Any = request.args
+        _, doc_to_messages, _, doc_id, task, split = arguments
         document = self.task_dict[task][split][doc_id]
         messages = ChatMessages(messages=doc_to_messages(document)).messages
         contents = [content for message in messages for content in message.content]

@@ -88,7 +88,8 @@ def _check_row(row: SuiteTask, task: ConfigurableMessagesTask) -> None:
     """Refuse before hours of answering what would be refused behind them."""
     if row.metric is not None and row.metric.partition(",")[0] not in task.aggregation():
         raise ValueError(f"has no metric {row.metric}, which the suite names; it has {', '.join(task.aggregation())}")
-    columns = list(task.eval_docs_no_media.features)
+    documents: Any = task.eval_docs_no_media
+    columns = list(documents.features)
     if row.category is not None and row.category not in columns:
         raise ValueError(f"has no {row.category}, which the suite names as category; it has {', '.join(columns)}")
 

@@ -134,8 +134,9 @@ def _has_images(config: Mapping[str, Any], split: str) -> bool:
 
     kwargs = dict(config["dataset_kwargs"])
     if kwargs.pop("load_from_disk", False):
-        return "image" in datasets.load_from_disk(config["dataset_path"])[split].features
-    found: Any = datasets.load_dataset(config["dataset_path"], config["dataset_name"], split=split, **kwargs)
+        found: Any = datasets.load_from_disk(config["dataset_path"])[split]
+    else:
+        found = datasets.load_dataset(config["dataset_path"], config["dataset_name"], split=split, **kwargs)
     return "image" in found.features
 
 
