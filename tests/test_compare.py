@@ -94,6 +94,14 @@ def test_a_model_against_itself_differs_by_exactly_zero_in_everything(tmp_path):
     assert comparison.recipe_differences == {"same": ()}
 
 
+def test_the_same_answers_of_another_model_are_no_proof_of_equivalence_in_a_small_task(tmp_path):
+    runs = [write_run(tmp_path / arm, suite(np.random.default_rng(0)), arm=arm) for arm in ("clip", "llm2clip")]
+    for task in collect(tmp_path, runs[:1], llm2clip=runs[1]).candidates[0].tasks:
+        assert (task.difference, task.low, task.high, task.p) == (0, 0, 0, 1)
+        assert task.verdict == "undecided"
+        assert task.equivalence_p == pytest.approx(0.99**task.num_clusters)
+
+
 def test_so_does_an_arm_of_several_seeds(tmp_path):
     runs = [write_run(tmp_path / f"run{seed}", suite(np.random.default_rng(seed)), seed=seed) for seed in range(3)]
     comparison = collect(tmp_path, runs, same=runs)

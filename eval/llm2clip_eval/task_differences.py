@@ -106,6 +106,11 @@ def task_difference(answers: Answers, settings: Settings) -> TaskDifference:
     ours, theirs = (np.mean([m.scores for m in arm], axis=0) for arm in (answers.candidate, answers.baseline))
     wins, losses = _wins(ours, theirs)
     p, test = _test(answers, paired, resampled, candidate - baseline, settings)
+    equivalence_p = statistics.equivalence_p(resampled, margin)
+    if not wins + losses and not answers.same_models:
+        # No resample can show what was never seen: if a share q of images differed, that n show none has probability
+        # (1 - q)^n.
+        equivalence_p = max(equivalence_p, (1 - settings.margin / 100) ** paired.num_clusters)
     return TaskDifference(
         task=answers.run.task,
         metric=answers.metric,
@@ -126,7 +131,7 @@ def task_difference(answers: Answers, settings: Settings) -> TaskDifference:
         losses=losses,
         ties=len(ours) - wins - losses,
         margin=margin,
-        equivalence_p=statistics.equivalence_p(resampled, margin),
+        equivalence_p=equivalence_p,
         verdict="undecided",
         categories=_categories(answers, clusters, settings),
     )
