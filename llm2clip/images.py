@@ -11,6 +11,8 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor
@@ -86,7 +88,8 @@ def decode_image(data: bytes, *, min_edge: int | None = None) -> Image.Image:
             raise Image.DecompressionBombError(f"{width}x{height} pixels")
         if min_edge is not None and min(image.size) >= 2 * min_edge:
             _draft(image, min_edge)
-        image.load()
+        with _whole_images_only():
+            image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"image too large: {error}; at most {MAX_PIXELS} pixels are decoded") from error
     except UnidentifiedImageError as error:
@@ -94,6 +97,17 @@ def decode_image(data: bytes, *, min_edge: int | None = None) -> Image.Image:
     except _DECODE_ERRORS as error:
         raise ValueError(f"truncated image: {error} ({len(data)} bytes)") from error
     return _to_rgb(_upright(image))
+
+
+@contextmanager
+def _whole_images_only() -> Iterator[None]:
+    """Undo for a while what some libraries (lmms-eval) set for the whole process: grey in place of lost pixels."""
+    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
 def _draft(image: Image.Image, min_edge: int) -> None:

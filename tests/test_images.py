@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 from transformers import SiglipImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -200,8 +200,11 @@ def test_postscript_is_not_run() -> None:
         decode_image(encode(four_colours(), "EPS"))
 
 
+@pytest.mark.parametrize("tolerant", [False, True])
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
-def test_truncated(image_format: str) -> None:
+def test_truncated(image_format: str, tolerant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another library has told Pillow to make do with what is left."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
     data = encode(photo(64, 48), image_format)
     with pytest.raises(ValueError, match="^(truncated|unreadable) image: "):
         decode_image(data[: len(data) // 2])
