@@ -100,6 +100,8 @@ def test_the_same_answers_of_another_model_are_no_proof_of_equivalence_in_a_smal
         assert (task.difference, task.low, task.high, task.p) == (0, 0, 0, 1)
         assert task.verdict == "undecided"
         assert task.equivalence_p == pytest.approx(0.99**task.num_clusters)
+        share = task.mde / (100 * task.margin)  # the margin is 1 % of the range
+        assert (1 - share) ** task.num_clusters == pytest.approx(0.2)
 
 
 def test_so_does_an_arm_of_several_seeds(tmp_path):

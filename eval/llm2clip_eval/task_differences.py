@@ -107,10 +107,12 @@ def task_difference(answers: Answers, settings: Settings) -> TaskDifference:
     wins, losses = _wins(ours, theirs)
     p, test = _test(answers, paired, resampled, candidate - baseline, settings)
     equivalence_p = statistics.equivalence_p(resampled, margin)
+    mde = statistics.minimum_detectable(resampled, settings.confidence)
     if not wins + losses and not answers.same_models:
         # No resample can show what was never seen: if a share q of images differed, that n show none has probability
         # (1 - q)^n.
         equivalence_p = max(equivalence_p, (1 - settings.margin / 100) ** paired.num_clusters)
+        mde = first.best * (1 - (1 - statistics.POWER) ** (1 / paired.num_clusters))
     return TaskDifference(
         task=answers.run.task,
         metric=answers.metric,
@@ -126,7 +128,7 @@ def task_difference(answers: Answers, settings: Settings) -> TaskDifference:
         p=p,
         test=test,
         p_holm=p,
-        mde=statistics.minimum_detectable(resampled, settings.confidence),
+        mde=mde,
         wins=wins,
         losses=losses,
         ties=len(ours) - wins - losses,
