@@ -211,22 +211,10 @@ def score_pairs(encoder: DualEncoder, data: ImagePairs, config: CompositionalCon
 
 
 def _image_features(encoder: DualEncoder, images: Images, config: CompositionalConfig) -> torch.Tensor:
-    from llm2clip_eval.dual_encoder import encode_dataset
-    from llm2clip_eval.feature_cache import cached_features
+    from llm2clip_eval.feature_cache import projected_features
 
-    return cached_features(
-        config.feature_cache,
-        lambda: encode_dataset(
-            images,
-            encoder.image_transform,
-            encoder.encode_image,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-        ),
-        model=encoder.model,
-        output="projected",
-        transform=encoder.image_transform,
-        images=images,
+    return projected_features(
+        encoder, images, batch_size=config.batch_size, num_workers=config.num_workers, cache=config.feature_cache
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from llm2clip.images import ImageTransform
 from llm2clip.run_dir import atomic_path
-from llm2clip_eval.dual_encoder import Images
+from llm2clip_eval.dual_encoder import DualEncoder, Images, encode_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,34 @@ def cached_features(
     with atomic_path(path) as temporary:
         save_file({TENSOR: features.contiguous()}, temporary)
     return features
+
+
+def projected_features(
+    encoder: DualEncoder, images: Images, *, batch_size: int, num_workers: int, cache: Path | None
+) -> torch.Tensor:
+    """Features that captions are compared with, from the cache where they are there.
+
+    Args:
+        encoder: whose images they are.
+        images: all of them, in order.
+        batch_size: images encoded at a time.
+        num_workers: processes that decode images; 0 decodes in this one.
+        cache: as in `cached_features`.
+
+    Returns:
+        (images, dim) float32, L2-normalised, on the CPU.
+    """
+    transform = encoder.image_transform
+    return cached_features(
+        cache,
+        lambda: encode_dataset(
+            images, transform, encoder.encode_image, batch_size=batch_size, num_workers=num_workers
+        ),
+        model=encoder.model,
+        output="projected",
+        transform=transform,
+        images=images,
+    )
 
 
 def feature_key(model: nn.Module, output: str, transform: ImageTransform, images: Images) -> str:

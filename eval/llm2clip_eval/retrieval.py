@@ -200,22 +200,10 @@ def rank_kind(
 
 def encode_images(encoder: DualEncoder, data: CaptionData, config: RetrievalConfig) -> torch.Tensor:
     """Features of every image of a pool, (rows, dim), L2-normalised, on the CPU."""
-    from llm2clip_eval.dual_encoder import encode_dataset
-    from llm2clip_eval.feature_cache import cached_features
+    from llm2clip_eval.feature_cache import projected_features
 
-    return cached_features(
-        config.feature_cache,
-        lambda: encode_dataset(
-            data,
-            encoder.image_transform,
-            encoder.encode_image,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-        ),
-        model=encoder.model,
-        output="projected",
-        transform=encoder.image_transform,
-        images=data,
+    return projected_features(
+        encoder, data, batch_size=config.batch_size, num_workers=config.num_workers, cache=config.feature_cache
     )
 
 

@@ -138,25 +138,13 @@ def classify(encoder: DualEncoder, data: ZeroShotSet, config: ZeroShotConfig) ->
     """
     from llm2clip_eval.classification import accuracies, image_records, label_ranks
     from llm2clip_eval.classification_data import open_labelled, read_templates
-    from llm2clip_eval.dual_encoder import encode_dataset
-    from llm2clip_eval.feature_cache import cached_features
+    from llm2clip_eval.feature_cache import projected_features
 
     images = open_labelled(data.path, split=data.split, class_names=data.class_names)
     templates = read_templates(data.templates, data.path)
     classifier = class_features(encoder, images.class_names, templates).cpu()
-    features = cached_features(
-        config.feature_cache,
-        lambda: encode_dataset(
-            images,
-            encoder.image_transform,
-            encoder.encode_image,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-        ),
-        model=encoder.model,
-        output="projected",
-        transform=encoder.image_transform,
-        images=images,
+    features = projected_features(
+        encoder, images, batch_size=config.batch_size, num_workers=config.num_workers, cache=config.feature_cache
     )
     scores = features @ classifier.T  # (images, classes)
     ranks = label_ranks(scores, images.labels)
