@@ -35,6 +35,7 @@ VOLATILE = {
     "output_dir",
     "overwrite",
     "cache_dir",
+    "feature_cache",
     "training.dataloader_num_workers",
     "training.disable_tqdm",
     "training.report_to",

@@ -30,7 +30,9 @@ def start(command: str, arguments: list[str], *launcher: str, **environment: str
         **environment: additional variables.
     """
     program, stage = command.split(maxsplit=1)
-    module = {"llm2clip": "llm2clip.cli", "llava-bridge": "llava_bridge.cli"}[program]
+    module = {"llm2clip": "llm2clip.cli", "llava-bridge": "llava_bridge.cli", "llm2clip-eval": "llm2clip_eval.cli"}[
+        program
+    ]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "LLM2CLIP_DEBUG": "1", **environment}
     argv = [*(launcher or (sys.executable,)), "-m", module, *stage.split(), *arguments]
     return subprocess.Popen(argv, cwd=ROOT, env=variables)

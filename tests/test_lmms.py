@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import safetensors.torch
 import yaml
 from llava_exports import Export, edit
 from PIL import Image
-from processes import ROOT, kill_when
+from processes import ROOT, kill_when, start
 from psutil import Process, wait_procs
 from question_files import picture, question, write_questions
 
@@ -226,24 +225,21 @@ def test_new_weights_at_the_same_path_are_asked_again(tmp_path, llava, questions
     assert all(one["response"] != other["response"] for one, other in pairs)
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    argv = [sys.executable, "-m", "llm2clip_eval.cli", "lmms", *command]
-    return subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.slow
 def test_killed_in_the_middle_no_item_is_asked_twice_and_the_end_is_the_same(tmp_path, llava, questions):
     rows = [question(number, id=f"test-seen-{number:05d}") for number in range(120)]
     for place, pool in enumerate(POOLS):
         write_questions(tmp_path / "questions" / f"{pool}.parquet", rows[40 * place : 40 * place + 40])
     command = arguments(tmp_path / "out", llava, tmp_path / "questions", tasks=["demo_count"], batch_size=2)
-    assert kill_when(start(command), lambda: len(responses(tmp_path / "out")) >= 5), "it ended before"
+    assert kill_when(start("llm2clip-eval lmms", command), lambda: len(responses(tmp_path / "out")) >= 5), (
+        "it ended before"
+    )
     num = len(responses(tmp_path / "out"))
     assert 5 <= num < 120
     # A power cut in the middle of a line.
     with open(tmp_path / "out" / "responses" / "demo_count.jsonl", "a") as file:
         file.write('{"key": "5a')
-    process = start(command)
+    process = start("llm2clip-eval lmms", command)
     while len(responses(tmp_path / "out")) < num + 5:
         assert process.poll() is None, "it ended before"
         time.sleep(0.001)

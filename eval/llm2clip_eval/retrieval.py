@@ -97,7 +97,7 @@ class RetrievalConfig(StageConfig):
 def parse(argv: Sequence[str] | None = None) -> StageCall[RetrievalConfig]:
     """Read the configuration of a command line."""
     call = parse_stage(RetrievalConfig, argv, prog="llm2clip-eval retrieval")
-    same = {key for key, value in ADDED.items() if call.resolved[key] == value} | {"feature_cache"}
+    same = {key for key, value in ADDED.items() if call.resolved[key] == value}
     return replace(call, resolved={key: value for key, value in call.resolved.items() if key not in same})
 
 
