@@ -10,10 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from PIL import Image
+from typing import Any
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,7 +41,6 @@ def load(model: str, device: str | None) -> tuple[Any, Any]:
 def answer(
     llava: Any,
     processor: Any,
-    image: Image.Image,
     messages: list[dict[str, Any]],
     *,
     max_new_tokens: int,
@@ -55,8 +51,7 @@ def answer(
     Args:
         llava: stock model.
         processor: its processor.
-        image: RGB.
-        messages: typed turns; the first user turn holds `{"type": "image"}`, the last is the user's.
+        messages: typed turns; the first holds `{"type": "image", "image": ...}`, the last is the user's.
         max_new_tokens: at most this many.
         temperature: 0 is greedy.
 
@@ -66,8 +61,9 @@ def answer(
     import torch
     from transformers import TextStreamer
 
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    batch = processor(images=image, text=prompt, return_tensors="pt").to(llava.device, llava.dtype)
+    batch = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(llava.device, llava.dtype)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
@@ -91,13 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             question = sys.stdin.readline().strip()
         if not question:
             return
-        content: list[dict[str, str]] = [{"type": "text", "text": question}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if not messages:
-            content.insert(0, {"type": "image"})
+            content.insert(0, {"type": "image", "image": image})
         messages.append({"role": "user", "content": content})
-        text = answer(
-            llava, processor, image, messages, max_new_tokens=args.max_new_tokens, temperature=args.temperature
-        )
+        text = answer(llava, processor, messages, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
         if args.question is not None:
             return
         messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})

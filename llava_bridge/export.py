@@ -154,11 +154,11 @@ def _write_model(
 def prompt_ids(composed: Composed, settings: dict[str, Any], conversation: Sequence[dict[str, str]]) -> list[int]:
     """Ids of a conversation's prompt, as training would write it."""
     from llava_bridge.dialogues import Turn
-    from llava_bridge.templates import IMAGE_TOKEN, generation_prompt
+    from llava_bridge.templates import IMAGE_TOKEN, generation_prompt, token_ids
 
     turns = [Turn(message["role"], message["content"]) for message in conversation]  # type: ignore[arg-type]
     text = generation_prompt(settings["template"], turns, composed.tokenizer, system=settings["system"])
-    return composed.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * composed.spec.num_image_tokens))["input_ids"]
+    return token_ids(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * composed.spec.num_image_tokens), composed.tokenizer)
 
 
 def _write_original(config: ExportConfig, composed: Composed, path: Path) -> tuple[dict[str, Any], list[str]]:

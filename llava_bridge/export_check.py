@@ -48,8 +48,9 @@ def check(directory: str, reference_file: str) -> dict[str, Any]:
         logits = model(**inputs).logits[asked]
     image = reference["image"].numpy()
     encoded = {
-        name: processor(images=[image], text=text, return_tensors="pt")
+        f"{name}{end}": processor(images=[image], text=text, return_tensors="pt", **settings)
         for name, text in prompt_texts(processor, conversation).items()
+        for end, settings in (("", {}), (", nothing added", {"add_special_tokens": False}))  # vLLM adds nothing
     }
     grey_level = 1 / (255 * np.asarray(processor.image_processor.image_std)[:, None, None])
     pixels = next(iter(encoded.values()))["pixel_values"][0].numpy()

@@ -164,7 +164,8 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, chat_te
     """Write the tokenizer as a generic fast one: tokenizer.json is then all there is to it, in every version.
 
     The classes of single models rebuild parts of it by rules that changed between 4.x and 5.x, and 4.x does not know
-    5.x's name for the generic one.
+    5.x's name for the generic one. It adds no special token to a text, since the chat template writes them all: some
+    programs (vLLM, `tokenizer.apply_chat_template`) turn off what a tokenizer adds to a prompt, and others do not.
 
     Raises:
         ValueError: if there is no tokenizer.json of it.
@@ -174,7 +175,8 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, chat_te
     if not file.is_file():
         raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json; expected a fast tokenizer")
     rules = json.loads(file.read_text(encoding="utf-8"))
-    write_json(file, {**rules, "truncation": None, "padding": None})  # what its last call in training had set
+    fixed = {"truncation": None, "padding": None}  # what its last call in training had set
+    write_json(file, {**rules, **fixed, "post_processor": _adding_nothing(rules["post_processor"])})
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     others = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     others = [token for token in others if token not in roles.values()]  # `<image>` at least
@@ -204,6 +206,12 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, chat_te
     write_json(directory / "tokenizer_config.json", settings)
     write_json(directory / "special_tokens_map.json", special_tokens)
     (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def _adding_nothing(post_processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a tokenizer.json's post-processor, the part that adds no tokens: byte-level BPE's, for offsets."""
+    processors = (post_processor or {}).get("processors", [post_processor])
+    return next((part for part in processors if part and part["type"] == "ByteLevel"), None)
 
 
 def generation_settings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

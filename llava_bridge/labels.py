@@ -60,7 +60,7 @@ def encode(
     is_supervised = _mark(len(text), rendered.supervised)
     is_control = _mark(len(text), rendered.controls)
     specials = special_tokens(tokenizer)
-    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     input_ids: list[int] = []
     labels: list[int] = []
     for token_id, (start, end), sequence in zip(

@@ -111,12 +111,6 @@ def render(
         ending = text[answer[0][1] : end]
         supervised.append((start, end - (len(ending) - len(ending.rstrip()) if ending.strip() else 0)))
     controls = _control_spans(text, [span for spans in contents.values() for span in spans], tokenizer)
-    bos = str(tokenizer.bos_token)
-    if controls and controls[0] == (0, len(bos)) and text.startswith(bos) and _adds_bos(tokenizer):
-        raise ValueError(
-            f"the chat template writes {bos!r} itself and the tokenizer adds another; "
-            "write {{ bos_token }} in the template in its place"
-        )
     return Rendered(text, tuple(supervised), controls)
 
 
@@ -139,9 +133,9 @@ def export_chat_template(
     A message's content may be a string, taken as it is, or a list of parts `{"type": "text", "text": ...}` and
     `{"type": "image"}`: the only image of a dialogue goes to the front of its turn with a newline behind it; of
     several, those that begin a turn get a newline behind them and the others stay in place. A system message is
-    optional. The source writes no BOS where the tokenizer adds one; `plain` and `vicuna_v1` write it where not.
-    `{% generation %}` blocks surround the answers, so
-    transformers' `return_assistant_tokens_mask` works (with `chat` only if the LLM's template has them).
+    optional. The source writes every special token, BOS among them: it is tokenized with `add_special_tokens=False`,
+    as by `tokenizer.apply_chat_template` and vLLM. `{% generation %}` blocks surround the answers, so transformers'
+    `return_assistant_tokens_mask` works (with `chat` only if the LLM's template has them).
 
     Args:
         template: Which template.
@@ -155,42 +149,57 @@ def export_chat_template(
     if template == "plain":
         if system is not None:
             raise ValueError(f"the template plain has no system prompt, got {system!r}; leave it out")
-        return FLATTEN.lstrip() + _bos(tokenizer) + PLAIN
+        return FLATTEN.lstrip() + _bos(tokenizer, IMAGE_TOKEN) + PLAIN
     if template == "vicuna_v1":
         if not tokenizer.eos_token:
             raise ValueError("the template vicuna_v1 ends answers with tokenizer.eos_token, which is not set")
         names = {"SYSTEM": VICUNA_SYSTEM if system is None else system, "EOS": str(tokenizer.eos_token)}
-        return FLATTEN.lstrip() + _bos(tokenizer) + _fill(VICUNA, names)
+        return FLATTEN.lstrip() + _bos(tokenizer, VICUNA_SYSTEM) + _fill(VICUNA, names)
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError(
             "the template chat is the tokenizer's own chat template, and this tokenizer has none; "
             "use the template vicuna_v1, or put a chat_template.jinja beside the tokenizer"
         )
-    without_bos = "{%- set bos_token = '' %}\n" if _adds_bos(tokenizer) else ""
     system_message = "" if system is None else _fill(CHAT_SYSTEM, {"SYSTEM": system})
     # The newline after the last block is dropped by trim_blocks; the LLM's template follows unchanged.
-    flatten = FLATTEN if without_bos else FLATTEN.lstrip()
-    return f"{without_bos}{flatten}{system_message}\n{{%- set messages = ns.messages %}}\n{tokenizer.chat_template}"
+    return f"{FLATTEN.lstrip()}{system_message}\n{{%- set messages = ns.messages %}}\n{tokenizer.chat_template}"
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Jinja that writes BOS for a tokenizer that has one and does not add it itself (SmolLM2).
+def _bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Jinja that writes BOS, for a tokenizer that has one.
 
     LLMs send much of their attention to the first token, whatever it is. Where an image token was first, gradients of
     the projector were ten times as large and it learned more slowly (docs/log.md).
+
+    Args:
+        tokenizer: The LLM's.
+        text: What may follow. Its tokens are to be those of a text of its own: some SentencePiece tokenizers put a
+            space before the first word of a text, but not of one that begins with BOS, and then it is written.
+
+    Raises:
+        ValueError: The tokens are others with a space and without.
     """
-    if tokenizer.bos_token is None or _adds_bos(tokenizer):
+    if tokenizer.bos_token is None:
         return ""
-    return _fill("\n{{- BOS }}", {"BOS": str(tokenizer.bos_token)})
+    bos = str(tokenizer.bos_token)
+    alone = [tokenizer.bos_token_id, *token_ids(text, tokenizer)]
+    for written in (bos, f"{bos} "):
+        if token_ids(written + text, tokenizer) == alone:
+            return _fill("\n{{- BOS }}", {"BOS": written})
+    raise ValueError(
+        f"{type(tokenizer).__name__} tokenizes {bos + text[:20]!r} otherwise than {bos!r} and {text[:20]!r} one after "
+        "the other; expected a BOS token that changes nothing behind it; use the template chat"
+    )
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text in which a template has written every special token."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
 
 
 def _fill(source: str, values: dict[str, str]) -> str:
     """Replace names by Jinja string literals (Jinja reads Python's escapes)."""
     return re.sub("|".join(values), lambda match: repr(values[match[0]]), source)
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def _messages(template: TemplateName, turns: Sequence[Turn], system: str | None) -> list[Message]:

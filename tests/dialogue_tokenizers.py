@@ -80,6 +80,11 @@ def llama_tokenizer(*, legacy: bool) -> PreTrainedTokenizerFast:
     )
 
 
+def without_bos(text: str) -> str:
+    """A rendered text without its BOS and, for some tokenizers, the space behind it."""
+    return text.removeprefix("<s>").removeprefix(" ")
+
+
 def random_text(rng: random.Random, *, most: int = 12) -> str:
     """Words of several scripts with spaces, newlines and punctuation between them, never empty."""
     text = rng.choice(WORDS)

@@ -13,7 +13,7 @@ from tiny_llava import IMAGE_TOKENS, llava_model, llava_tokenizer, tower_process
 from llava_bridge import export_check, export_verify
 from llava_bridge.dialogues import Turn
 from llava_bridge.export_files import image_processor_for, write_llava
-from llava_bridge.templates import export_chat_template, generation_prompt
+from llava_bridge.templates import export_chat_template, generation_prompt, token_ids
 
 TURNS = [Turn(message["role"], message["content"]) for message in export_verify.CONVERSATION]  # type: ignore[arg-type]
 LLAMA3 = {
@@ -53,7 +53,7 @@ class Export:
         )
         prompt = generation_prompt(template, TURNS, self.tokenizer).replace("<image>", "<image>" * IMAGE_TOKENS[kind])
         self.reference = export_verify.make_reference(
-            self.model, self.tokenizer, image_processor_for(processor, aspect), self.tokenizer(prompt).input_ids
+            self.model, self.tokenizer, image_processor_for(processor, aspect), token_ids(prompt, self.tokenizer)
         )
         save_file(self.reference.tensors, self.file, metadata=self.reference.metadata)
 

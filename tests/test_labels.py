@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from dialogue_tokenizers import byte_level_tokenizer, llama_tokenizer, random_dialogue
+from dialogue_tokenizers import byte_level_tokenizer, llama_tokenizer, random_dialogue, without_bos
 from PIL import Image
 from tokenizers import processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_bridge.dialogues import Turn
 from llava_bridge.labels import IGNORE, Encoded, encode
+from llava_bridge.templates import VICUNA_SYSTEM as SYSTEM
 from llava_bridge.templates import Rendered, TemplateName, generation_prompt, render
 
 NUM_IMAGE_TOKENS = 4
@@ -63,7 +65,11 @@ def dialogue(*texts: str) -> list[Turn]:
 # LLaVA's algorithm (`preprocess_v1`), written from its description: rounds are found in the string, and tokens are
 # counted by tokenizing each round on its own.
 def llava_labels(text: str, tokenizer: PreTrainedTokenizerFast, *, legacy: bool) -> list[int] | None:
-    """Labels of the whole text, or None where LLaVA warns of a mismatch and ignores the sample."""
+    """Labels of the whole text, or None where LLaVA warns of a mismatch and ignores the sample.
+
+    LLaVA's template writes no BOS: the tokenizer puts it in front.
+    """
+    text = without_bos(text)
 
     def ids_of(piece: str) -> list[int]:
         image = tokenizer.convert_tokens_to_ids("<image>")
@@ -166,7 +172,7 @@ def test_exactly_answers_and_their_ends_are_learned(kind: str, answers: tuple[st
     assert tokenizer.convert_tokens_to_ids("<pad>") not in encoded.input_ids
     assert encoded.input_ids.count(tokenizer.convert_tokens_to_ids("<image>")) == NUM_IMAGE_TOKENS
     # ... and nothing of the text is lost by that.
-    expanded = rendered.text.replace("<image>", "<image>" * NUM_IMAGE_TOKENS, 1)
+    expanded = without_bos(rendered.text).replace("<image>", "<image>" * NUM_IMAGE_TOKENS, 1)
     decoded = tokenizer.decode(encoded.input_ids[1:], clean_up_tokenization_spaces=False)
     assert decoded == expanded
 
@@ -196,13 +202,23 @@ def test_plain_masks_exactly_bos_and_image_tokens(kind: str, prompt: str) -> Non
 
 
 @pytest.mark.parametrize("template", ["plain", "vicuna_v1"])
-def test_bos_comes_first_also_where_the_tokenizer_does_not_add_it(template: TemplateName) -> None:
-    """Else an image token would be first, on which LLMs lean (docs/log.md)."""
-    tokenizer = byte_level_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    assert tokenizer("a").input_ids[0] != tokenizer.bos_token_id
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    "tokenizer", [llama_tokenizer(legacy=True), llama_tokenizer(legacy=False), byte_level_tokenizer()]
+)
+def test_bos_comes_first_once_and_changes_nothing_behind_it(
+    tokenizer: PreTrainedTokenizerFast, adds: bool, template: TemplateName
+) -> None:
+    """Also where the tokenizer does not add it: LLMs lean on the first token (docs/log.md)."""
+    tokenizer = copy.deepcopy(tokenizer)
+    expected = tokenizer(SYSTEM if template == "vicuna_v1" else "<image>").input_ids
+    expected[1:] *= NUM_IMAGE_TOKENS if template == "plain" else 1
+    assert expected[0] == tokenizer.bos_token_id
+    if not adds:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        assert tokenizer("a").input_ids[0] != tokenizer.bos_token_id
     encoded = encode_turns(dialogue("<image>\nWhat?", "a cat"), tokenizer, template)
-    assert encoded.input_ids[0] == tokenizer.bos_token_id and encoded.labels[0] == IGNORE
+    assert encoded.input_ids[: len(expected)] == expected and encoded.labels[0] == IGNORE
     assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -229,9 +245,10 @@ def test_training_ids_begin_with_the_ids_the_processor_gives_at_inference(kind: 
         turns = random_dialogue(seed)[: 2 if template == "plain" else None]
         rendered = render(template, turns, tokenizer)
         encoded = encode_rendered(rendered, tokenizer)
-        whole = processor(images=image, text=rendered.text).input_ids[0]
+        whole = processor(images=image, text=rendered.text, add_special_tokens=False).input_ids[0]
         assert encoded.input_ids == list(whole)
-        prompt = processor(images=image, text=generation_prompt(template, turns[:-1], tokenizer)).input_ids[0]
+        text = generation_prompt(template, turns[:-1], tokenizer)
+        prompt = processor(images=image, text=text, add_special_tokens=False).input_ids[0]
         assert encoded.input_ids[: len(prompt)] == list(prompt)
         if len(turns) == 2:
             assert encoded.labels[: len(prompt)] == [IGNORE] * len(prompt) and encoded.labels[len(prompt)] != IGNORE

@@ -83,10 +83,14 @@ def test_every_kind_of_fault_is_found(tmp_path):
     jinja = directory / "chat_template.jinja"
     jinja.write_text(good["chat_template.jinja"].decode().replace("<|end|>", ""))
     assert [problem.split(":")[0] for problem in export.problems()] == [
-        "prompt of processor, typed parts",
-        "prompt of processor, strings",
-        "prompt of tokenizer, strings",
-        "prompt of tokenizer, typed parts",
+        f"prompt of {writer}, {form}{end}"
+        for writer, form in (
+            ("processor", "typed parts"),
+            ("processor", "strings"),
+            ("tokenizer", "strings"),
+            ("tokenizer", "typed parts"),
+        )
+        for end in ("", ", nothing added")
     ]
     jinja.write_bytes(good["chat_template.jinja"])
     tensors = load_file(directory / "model.safetensors")
@@ -114,7 +118,7 @@ def test_a_model_whose_rotary_frequencies_were_rounded_is_refused():
 def test_the_tokenizer_is_generic_and_its_state_of_training_is_not_exported(tmp_path):
     tokenizer = llava_tokenizer()
     texts = ["a red cat", "<image>\nthe image shows </s> a 'turkey'  below"]
-    expected = tokenizer(texts).input_ids
+    expected = tokenizer(texts, add_special_tokens=False).input_ids
     tokenizer(texts, padding=True, truncation=True, max_length=3)  # leaves truncation and padding in tokenizer.json
     export = Export(tmp_path, tokenizer=tokenizer)
     settings = json.loads((export.directory / "tokenizer_config.json").read_text())

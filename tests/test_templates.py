@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 from dialogue_tokenizers import byte_level_tokenizer, llama_tokenizer, random_dialogue
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from llava_bridge.dialogues import Turn
@@ -60,28 +62,31 @@ def test_vicuna_is_written_exactly() -> None:
     turns = dialogue("<image>\nWhat is it?", "A cat.", "Why?", "It has whiskers.")
     rendered = render("vicuna_v1", turns, tokenizer)
     assert rendered.text == (
-        f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: It has whiskers.</s>"
+        f"<s> {SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: It has whiskers.</s>"
     )
     assert learned(rendered) == [" A cat.</s>", " It has whiskers.</s>"]
-    assert [rendered.text[start:end] for start, end in rendered.controls] == ["<image>", "</s>", "</s>"]
-    assert generation_prompt("vicuna_v1", turns[:1], tokenizer) == f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
-    assert render("vicuna_v1", turns[2:], tokenizer, system="Be short.").text.startswith("Be short. USER: Why?")
-    assert render("vicuna_v1", turns[2:], tokenizer, system="").text.startswith("USER: Why?")
+    assert [rendered.text[start:end] for start, end in rendered.controls] == ["<s>", "<image>", "</s>", "</s>"]
+    prompt = f"<s> {SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    assert generation_prompt("vicuna_v1", turns[:1], tokenizer) == prompt
+    assert render("vicuna_v1", turns[2:], tokenizer, system="Be short.").text.startswith("<s> Be short. USER: Why?")
+    assert render("vicuna_v1", turns[2:], tokenizer, system="").text.startswith("<s> USER: Why?")
+    legacy = llama_tokenizer(legacy=True)  # puts the space there itself
+    assert generation_prompt("vicuna_v1", turns[:1], legacy) == prompt.replace("<s> ", "<s>")
 
 
 def test_an_empty_vicuna_answer_is_learned_as_eos_right_behind_the_prompt() -> None:
     tokenizer = llama_tokenizer(legacy=False)
     rendered = render("vicuna_v1", dialogue("Hm", "", "And?", "Yes"), tokenizer, system="")
-    assert rendered.text == "USER: Hm ASSISTANT:</s>USER: And? ASSISTANT: Yes</s>"
+    assert rendered.text == "<s> USER: Hm ASSISTANT:</s>USER: And? ASSISTANT: Yes</s>"
     assert learned(rendered) == ["</s>", " Yes</s>"]
 
 
 def test_plain_is_placeholders_caption_and_newline() -> None:
     tokenizer = llama_tokenizer(legacy=False)
     rendered = render("plain", dialogue("Describe it briefly.\n<image>", "a red cat"), tokenizer)
-    assert rendered == Rendered("<image>a red cat\n", ((7, 17),), ((0, 7),))
-    assert generation_prompt("plain", dialogue("Describe it briefly.\n<image>"), tokenizer) == "<image>"
-    assert render("plain", dialogue("<image> or <image>", "cats"), tokenizer).text == "<image><image>cats\n"
+    assert rendered == Rendered("<s><image>a red cat\n", ((10, 20),), ((0, 3), (3, 10)))
+    assert generation_prompt("plain", dialogue("Describe it briefly.\n<image>"), tokenizer) == "<s><image>"
+    assert render("plain", dialogue("<image> or <image>", "cats"), tokenizer).text == "<s><image><image>cats\n"
     with pytest.raises(ValueError, match=r"plain takes one exchange.*got 4 turns"):
         render("plain", dialogue("<image>", "a cat", "why?", "so"), tokenizer)
     for call in (lambda: render("plain", dialogue("<image>", "a cat"), tokenizer, system="Be short."),
@@ -112,8 +117,8 @@ def test_the_llms_own_template_is_learned_from_its_prompt_to_its_end_of_turn() -
     turns = dialogue("What?\n<image>", "user", "Why?", "")
     rendered = render("chat", turns, tokenizer)
     assert rendered.text == (
-        "<|start|>system\nBe helpful.<|end|>\n<|start|>user\n<image>\nWhat?<|end|>\n<|start|>assistant\nuser<|end|>\n"
-        "<|start|>user\nWhy?<|end|>\n<|start|>assistant\n<|end|>\n"
+        "<s><|start|>system\nBe helpful.<|end|>\n<|start|>user\n<image>\nWhat?<|end|>\n"
+        "<|start|>assistant\nuser<|end|>\n<|start|>user\nWhy?<|end|>\n<|start|>assistant\n<|end|>\n"
     )
     assert learned(rendered) == ["user<|end|>", "<|end|>"]
     assert rendered.text[slice(*rendered.supervised[0])] == "user<|end|>" and rendered.supervised[0][0] > 60
@@ -181,7 +186,6 @@ def test_contents_that_look_like_the_template_change_nothing() -> None:
         ),
         ("{{ raise_exception('no images here') }}", r"refuses the dialogue: no images here"),
         ("{% for message in messages %}", r"refuses the dialogue: Unexpected end of template"),
-        ("<s>" + unmarked(MARKED), r"writes '<s>' itself and the tokenizer adds another"),
         (None, r"this tokenizer has none; use the template vicuna_v1"),
     ],
 )
@@ -314,18 +318,19 @@ def test_unknown_parts_and_roles_are_refused() -> None:
             apply(source, [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], tokenizer)
 
 
-def test_bos_is_written_once_whoever_writes_it() -> None:
-    turns = dialogue("What?", "a cat")
-    adds = byte_level_tokenizer()
-    assert not render("chat", turns, adds).text.startswith("<s>")
-    assert adds(render("chat", turns, adds).text).input_ids.count(adds.bos_token_id) == 1
-    from tokenizers import processors
+@pytest.mark.parametrize("template", [MARKED, "<s>" + MARKED, "{{ bos_token }}" + MARKED])
+def test_whether_there_is_a_bos_is_the_chat_templates_own_business(template: str) -> None:
+    rendered = render("chat", dialogue("What?", "a cat"), chat(template))
+    bos = "" if template == MARKED else "<s>"
+    assert rendered.text.startswith(f"{bos}<|start|>") and ((0, 3) in rendered.controls) == bool(bos)
 
-    leaves = byte_level_tokenizer()
-    leaves.backend_tokenizer.post_processor = processors.ByteLevel()
-    rendered = render("chat", turns, leaves)
-    assert rendered.text.startswith("<s><|start|>") and rendered.controls[0] == (0, 3)
-    assert leaves(rendered.text).input_ids.count(leaves.bos_token_id) == 1
+
+def test_a_bos_that_changes_what_follows_is_refused() -> None:
+    tokenizer = copy.deepcopy(llama_tokenizer(legacy=False))
+    bos = AddedToken("<bos>", rstrip=True, normalized=False)  # swallows the space that would mend it
+    tokenizer.add_special_tokens({"bos_token": bos})
+    with pytest.raises(ValueError, match=r"tokenizes '<bos>A chat between.* otherwise than .*; use the template chat"):
+        render("vicuna_v1", dialogue("What?", "a cat"), tokenizer)
 
 
 @pytest.mark.parametrize(("template", "tokenizer"), [*CASES[:3], ("chat", chat(MARKED))])
