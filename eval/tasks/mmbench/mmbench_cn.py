@@ -1,5 +1,4 @@
 """MMBench in Chinese, scored by lmms-eval's rules for mmbench_en_dev_static instead of its judge."""
-# ruff: noqa: INP001
 
 from __future__ import annotations
 
