@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_bridge.parts import part_fingerprint
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint, read_manifest
+from llm2clip.run_dir import RunDir, atomic_write, fingerprint, model_fingerprint, read_manifest
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def training_settings(trained: str) -> dict[str, Any]:
     settings = manifest["settings"]
     for part in ("tower", "llm"):
         path = settings[part]
-        found = part_fingerprint(path)
+        found = model_fingerprint(path)
         if found != manifest["inputs"][part]:
             raise ValueError(
                 f"{path} is not the {part} that {trained} was trained with (fingerprint {found[:12]}, then "

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm2clip.run_dir import fingerprint, read_manifest
-
-
-def part_fingerprint(name: str) -> str:
-    """Fingerprint of a model directory; a hub id stands for itself.
-
-    Raises:
-        FileNotFoundError: for what can only be a path, and is not there.
-    """
-    if Path(name).exists():
-        return fingerprint(name)
-    if name.count("/") > 1 or name.startswith((".", "/")):
-        raise FileNotFoundError(f"{name} does not exist; the demo's towers are made by bash scripts/train_llm2clip.sh")
-    return name
+from llm2clip.run_dir import read_manifest
 
 
 def require_same_parts(pretrained: Path, inputs: dict[str, str]) -> None:

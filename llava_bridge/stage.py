@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_bridge.parts import part_fingerprint, require_same_parts
+from llava_bridge.parts import require_same_parts
 from llava_bridge.tuning import WEIGHTS
 from llm2clip.caption_sources import write_skipped
 from llm2clip.config import StageCall, parse_stage
-from llm2clip.run_dir import RunDir, fingerprint, is_main_process
+from llm2clip.run_dir import RunDir, fingerprint, is_main_process, model_fingerprint
 
 if TYPE_CHECKING:
     from llava_bridge.compose import Composed
@@ -46,7 +46,7 @@ def fingerprints(config: LlavaStageConfig, data: DialogueData) -> dict[str, str]
     """Fingerprints of tower, LLM and dialogues."""
     found = {"data": data.fingerprint}
     for part in ("tower", "llm"):
-        found[part] = part_fingerprint(getattr(config, part))
+        found[part] = model_fingerprint(getattr(config, part))
     return found
 
 

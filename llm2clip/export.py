@@ -17,7 +17,7 @@ from typing import Any
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.fresh_process import MAX_GREY_LEVELS, check_in_fresh_process
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, model_fingerprint
 from llm2clip.vision_tower import load_vision_model, write_tower
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
@@ -48,8 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> StageCall[ExportConfig]:
 
 def inputs(call: StageCall[ExportConfig]) -> dict[str, str]:
     """Fingerprint of the model that is read."""
-    clip = call.config.clip
-    return {"clip": fingerprint(clip) if Path(clip).exists() else clip}
+    return {"clip": model_fingerprint(call.config.clip)}
 
 
 def run(call: StageCall[ExportConfig]) -> None:

@@ -20,7 +20,7 @@ from llm2clip.caption_pairs import CaptionPairs, CaptionSource, TextPairs, TextS
 from llm2clip.caption_sources import write_skipped
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.mntp import MntpConfig
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, fingerprint, model_fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -302,10 +302,9 @@ def _open(config: FinetuneLLMConfig) -> Sources:
 
 
 def _fingerprints(config: FinetuneLLMConfig, sources: Sources) -> dict[str, str]:
-    name = config.model.name
-    found = {"model": fingerprint(name) if Path(name).exists() else f"hub: {name}"}
+    found = {"model": model_fingerprint(config.model.name)}
     for number, adapter in enumerate(config.model.adapters):
-        found[f"adapters.{number}"] = fingerprint(adapter) if Path(adapter).exists() else f"hub: {adapter}"
+        found[f"adapters.{number}"] = model_fingerprint(adapter)
     for number, pairs in enumerate(sources.captions):
         found[f"captions.{number}"] = pairs.data.fingerprint
     for number, source in enumerate(config.texts):

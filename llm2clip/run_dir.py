@@ -187,6 +187,19 @@ def fingerprint(path: str | Path) -> str:
     return _digest({file.relative_to(path).as_posix(): _file_digest(file) for file in _files(path)})
 
 
+def model_fingerprint(name: str | Path) -> str:
+    """Fingerprint of a model directory; a hub id stands for itself.
+
+    Raises:
+        FileNotFoundError: for what can only be a path, and is not there.
+    """
+    if Path(name).exists():
+        return fingerprint(name)
+    if str(name).count("/") > 1 or str(name).startswith((".", "/")):
+        raise FileNotFoundError(f"{name} does not exist; run the stage that makes it first, or give a hub id")
+    return str(name)
+
+
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a complete run directory.
 

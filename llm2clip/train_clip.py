@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llm2clip.caption_sources import write_skipped
 from llm2clip.clip_config import TrainClipConfig
 from llm2clip.config import StageCall, parse_stage
-from llm2clip.run_dir import RunDir, fingerprint, is_main_process
+from llm2clip.run_dir import RunDir, is_main_process, model_fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ def _fingerprints(config: TrainClipConfig, data: Sequence[CaptionData]) -> dict[
         ("tokenizer", config.model.tokenizer),
     ):
         if path is not None:
-            found[name] = fingerprint(path) if Path(path).exists() else str(path)
+            found[name] = model_fingerprint(path)
     return found
 
 

@@ -241,14 +241,6 @@ def test_recall_at_any_k_and_images_from_the_cache(tmp_path, vanilla, pool):
         evaluate(tmp_path / "x", vanilla, pool, ks=[5])
 
 
-def test_settings_that_came_later_leave_a_run_what_it_was(tmp_path, vanilla, pool):
-    evaluate(tmp_path / "out", vanilla, pool)
-    settings = json.loads((tmp_path / "out" / "identity.json").read_text())["settings"]
-    assert not {"ks", "teacher", "feature_cache"} & set(settings)
-    with pytest.raises(ValueError, match="ks was None, is now"):
-        evaluate(tmp_path / "out", vanilla, pool, ks=[1, 5])
-
-
 def test_inputs_that_do_not_belong_together_are_refused(tmp_path, vanilla, llm2clip, pool):
     with pytest.raises(ValueError, match="trained on an LLM's caption embeddings"):
         evaluate(tmp_path / "a" / "out", llm2clip, pool)

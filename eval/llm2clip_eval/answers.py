@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, fingerprint, model_fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None = None) -> StageCall[AnswersConfig]:
 def inputs(call: StageCall[AnswersConfig]) -> dict[str, str]:
     """Fingerprints of the model and the question files."""
     config = call.config
-    found = {"model": fingerprint(config.model) if Path(config.model).exists() else config.model}
+    found = {"model": model_fingerprint(config.model)}
     return found | {f"questions.{pool}": fingerprint(path) for pool, path in config.questions.items()}
 
 

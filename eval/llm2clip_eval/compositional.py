@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, fingerprint, model_fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None = None) -> StageCall[CompositionalConfig]:
 def inputs(call: StageCall[CompositionalConfig]) -> dict[str, str]:
     """Fingerprints of the model, its teacher and the sets; of a benchmark's images only those of its files count."""
     config = call.config
-    found = {"clip": fingerprint(config.clip) if Path(config.clip).exists() else config.clip}
+    found = {"clip": model_fingerprint(config.clip)}
     if config.teacher is not None:
         found["teacher"] = fingerprint(config.teacher)
     return found | {f"sets.{name}": fingerprint(data.data) for name, data in config.sets.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, model_fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def inputs(call: StageCall[CraConfig]) -> dict[str, str]:
     from llm2clip.caption_data import CaptionData
 
     config = call.config
-    name = str(config.teacher or config.llm)
-    found = {"model": fingerprint(name) if Path(name).exists() else f"hub: {name}"}
+    found = {"model": model_fingerprint(str(config.teacher or config.llm))}
     return found | {
         f"pools.{label}": CaptionData.open(pool.data, pool.fields).fingerprint for label, pool in config.pools.items()
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, fingerprint, model_fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> StageCall[ProbeConfig]:
 def inputs(call: StageCall[ProbeConfig]) -> dict[str, str]:
     """Fingerprints of the model and the images."""
     config = call.config
-    found = {"clip": fingerprint(config.clip) if Path(config.clip).exists() else config.clip}
+    found = {"clip": model_fingerprint(config.clip)}
     for name, data in (("train", config.train), ("val", config.val), ("test", config.test)):
         if data is not None:
             found[name] = fingerprint(data.path)

@@ -12,14 +12,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, fingerprint, model_fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULTS = "results"
-ADDED: dict[str, Any] = {"ks": [1, 5, 10], "teacher": None}
-"""Later settings and what runs without them did: with these values a run is the one it was before."""
 
 
 @dataclass(kw_only=True)
@@ -96,15 +94,13 @@ class RetrievalConfig(StageConfig):
 
 def parse(argv: Sequence[str] | None = None) -> StageCall[RetrievalConfig]:
     """Read the configuration of a command line."""
-    call = parse_stage(RetrievalConfig, argv, prog="llm2clip-eval retrieval")
-    same = {key for key, value in ADDED.items() if call.resolved[key] == value}
-    return replace(call, resolved={key: value for key, value in call.resolved.items() if key not in same})
+    return parse_stage(RetrievalConfig, argv, prog="llm2clip-eval retrieval")
 
 
 def inputs(call: StageCall[RetrievalConfig]) -> dict[str, str]:
     """Fingerprints of the model, the pools and the embeddings or the teacher."""
     config = call.config
-    found = {"clip": fingerprint(config.clip) if Path(config.clip).exists() else config.clip}
+    found = {"clip": model_fingerprint(config.clip)}
     found |= {f"pools.{name}": fingerprint(pool.data) for name, pool in config.pools.items()}
     if config.embeddings is not None:
         found["embeddings"] = fingerprint(config.embeddings)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
-from llm2clip.run_dir import RunDir, atomic_write, fingerprint
+from llm2clip.run_dir import RunDir, atomic_write, fingerprint, model_fingerprint
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import torch
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None = None) -> StageCall[ZeroShotConfig]:
 def inputs(call: StageCall[ZeroShotConfig]) -> dict[str, str]:
     """Fingerprints of the model, its teacher, the images and the files of names and templates."""
     config = call.config
-    found = {"clip": fingerprint(config.clip) if Path(config.clip).exists() else config.clip}
+    found = {"clip": model_fingerprint(config.clip)}
     if config.teacher is not None:
         found["teacher"] = fingerprint(config.teacher)
     for name, data in config.sets.items():
