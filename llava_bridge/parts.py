@@ -1,4 +1,4 @@
-"""What a LLaVA is made of: a vision tower and an LLM, by fingerprint."""
+"""Whether two stages are of the same tower and LLM, by fingerprint."""
 
 from __future__ import annotations
 

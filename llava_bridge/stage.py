@@ -206,13 +206,15 @@ def quantization(args: PretrainArguments) -> Any:
     """Settings of QLoRA (arXiv 2305.14314): 4-bit normal floats, quantised twice.
 
     Raises:
-        ValueError: without a GPU.
+        ValueError: without bitsandbytes.
     """
+    from importlib.util import find_spec
+
     import torch
     from transformers import BitsAndBytesConfig
 
-    if not torch.cuda.is_available():
-        raise ValueError("tune.llm qlora needs a CUDA GPU and bitsandbytes; use lora here")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("tune.llm qlora needs bitsandbytes; pip install 'llm2clip[qlora]', or use lora")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

