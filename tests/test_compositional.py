@@ -90,6 +90,16 @@ def test_sugarcrepe_agrees_with_a_naive_loop_and_a_tie_is_a_miss(tmp_path, model
     )
 
 
+def test_another_picture_of_the_same_name_is_another_run(tmp_path, models, images):
+    sets = {
+        "crepe": {"format": "sugarcrepe", "data": str(write_sugarcrepe(tmp_path / "crepe")), "images": str(images)}
+    }
+    measure(tmp_path / "out", models[0], sets)
+    picture(9).save(images / "ex_0.png")
+    with pytest.raises(ValueError, match=r"sets\.crepe\.images was"):
+        measure(tmp_path / "out", models[0], sets)
+
+
 class FixedFeatures:
     """Stands in for a model: image n and caption "n" have given features."""
 

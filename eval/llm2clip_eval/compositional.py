@@ -88,12 +88,16 @@ def parse(argv: Sequence[str] | None = None) -> StageCall[CompositionalConfig]:
 
 
 def inputs(call: StageCall[CompositionalConfig]) -> dict[str, str]:
-    """Fingerprints of the model, its teacher and the sets; of a benchmark's images only those of its files count."""
+    """Fingerprints of the model, its teacher, the sets and their folders of images."""
     config = call.config
     found = {"clip": model_fingerprint(config.clip)}
     if config.teacher is not None:
         found["teacher"] = fingerprint(config.teacher)
-    return found | {f"sets.{name}": fingerprint(data.data) for name, data in config.sets.items()}
+    for name, data in config.sets.items():
+        found[f"sets.{name}"] = fingerprint(data.data)
+        if data.images is not None:
+            found[f"sets.{name}.images"] = fingerprint(data.images)
+    return found
 
 
 def run(call: StageCall[CompositionalConfig]) -> None:
