@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from clip_benchmark.metrics import zeroshot_retrieval
 from open_clip import build_zero_shot_classifier
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from tiny import tiny_clip_config
 from tiny_dual import picture, write_clip, write_llm2clip, write_teacher
 
 from llm2clip.images import ImageTransform
+from llm2clip.metrics import recall_at_k, retrieval_ranks
 from llm2clip.modeling_clip import LLM2CLIPModel
 from llm2clip.teacher import CaptionEncoder, encode_texts
 from llm2clip_eval.compositional_data import ImageList
@@ -77,6 +79,21 @@ def test_open_clip_builds_its_classifier_with_it_as_clip_benchmark_does(models, 
     assert found.shape == (16, 3)
     by_hand = torch.stack([encoder.encode_text([t.format(c) for t in templates]).mean(dim=0) for c in classes])
     torch.testing.assert_close(found.T, F.normalize(by_hand, dim=-1))
+
+
+@pytest.mark.parametrize("kind", ["clip", "llm2clip"])
+def test_clip_benchmark_evaluates_it_and_finds_our_recall(models, kind):
+    encoder = DualEncoder(models[kind], teacher=models["teacher"] if kind == "llm2clip" else None)
+    captions = [TEXTS[:2], TEXTS[2:3], ["a cat", "a bus", "a tree"], TEXTS[3:]]
+    pixels = torch.stack([encoder.transform(picture(seed)) for seed in range(4)])
+    batches = [(pixels[start : start + 2], captions[start : start + 2]) for start in (0, 2)]
+    theirs = zeroshot_retrieval.evaluate(encoder, batches, encoder.tokenizer, "cpu", amp=False, recall_k_list=[1, 2])
+    owner = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
+    texts = encoder.encode_text([text for texts in captions for text in texts])
+    ranks = retrieval_ranks(encoder.encode_image(pixels), texts, owner)
+    ours = {"text": recall_at_k(ranks.i2t_ranks, (1, 2)), "image": recall_at_k(ranks.t2i_ranks, (1, 2))}
+    expected = {f"{side}_retrieval_recall@{k}": ours[side][f"R@{k}"] / 100 for side in ours for k in (1, 2)}
+    assert theirs == pytest.approx(expected)
 
 
 def test_encode_is_that_of_sentence_transformers(models):

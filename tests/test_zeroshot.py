@@ -42,7 +42,7 @@ def test_figures_are_clip_benchmarks_and_scikit_learns_on_random_scores():
     scores = torch.randn(200, 17, generator=torch.Generator().manual_seed(0))
     labels = np.random.default_rng(0).integers(0, 17, 200)
     found = accuracies(label_ranks(scores, labels), labels)
-    # The rule of `accuracy` in CLIP_benchmark and open_clip_train; the latter itself fails under NumPy 2.4.
+    # The rule of `accuracy` in CLIP_benchmark and open_clip_train, which both fail under NumPy 2.4.
     correct = scores.topk(5, dim=1).indices == torch.from_numpy(labels)[:, None]
     assert found["acc1"] == pytest.approx(100 * correct[:, :1].any(dim=1).float().mean().item())
     assert found["acc5"] == pytest.approx(100 * correct.any(dim=1).float().mean().item())
