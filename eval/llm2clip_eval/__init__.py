@@ -1,1 +1,1 @@
-"""Measure vision towers: retrieval now, and what the comparison of two of them means."""
+"""Measure vision towers, before LLaVA and in it, and say what the comparison of two of them means."""

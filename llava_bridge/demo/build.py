@@ -129,7 +129,7 @@ def _build(config: DialogueConfig, folder: Path) -> dict[str, Any]:
 
     start = time.monotonic()
     found = packages.fetch(config.own_packages, config.cache_dir)
-    packages.write_sources(folder, found, config.own_packages)
+    packages.write_sources(folder, found)
     scenes = read_manifest(config.data)["settings"]
     known = load_concepts(found, config.languages, seed=scenes["seed"])
     concepts, grid = {concept.key: concept for concept in known}, scenes["grid"]

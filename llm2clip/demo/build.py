@@ -125,9 +125,8 @@ def _build(config: DemoConfig, folder: Path) -> dict[str, Any]:
     from llm2clip.demo.recipe import Recipe
 
     start = time.monotonic()
-    asked = packages.wanted(config, OWN_PACKAGES)
-    found = packages.fetch(asked, config.cache_dir)
-    packages.write_sources(folder, found, asked)
+    found = packages.fetch(packages.wanted(config, OWN_PACKAGES), config.cache_dir)
+    packages.write_sources(folder, found)
     concepts = load_concepts(found, config.languages, config.num_concepts, config.seed)
     drawings = _draw(config, found, concepts)
     has_held_out = styles.HELD_OUT_STYLE in found

@@ -38,7 +38,7 @@ class PackageConfig(StageConfig):
     cache_dir: Path | None = None
     """Where fetched packages are kept; None means llm2clip/packages in the user's cache directory."""
     optional_packages: bool = True
-    """Also fetch the npm packages (more drawing styles and keywords) when npm is there; false: pip alone."""
+    """Also fetch the npm packages (more drawing styles and keywords); false: pip alone, and no held-out style."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,8 @@ def fetch(names: Iterable[str], cache_dir: Path | None = None) -> dict[str, Fetc
         names: keys of assets.json.
         cache_dir: where verified files are kept; None means `default_cache_dir()`.
 
-    Returns:
-        The packages that could be had. An optional one that could not is logged and left out.
-
     Raises:
-        FileNotFoundError: if a needed package could not be fetched.
+        FileNotFoundError: if a package could not be fetched.
         ValueError: if the fetched file is not the one in the table.
     """
     cache_dir = cache_dir or default_cache_dir()
@@ -129,7 +126,7 @@ def fetch(names: Iterable[str], cache_dir: Path | None = None) -> dict[str, Fetc
         except FileNotFoundError as error:
             if package.needed:
                 raise
-            logger.warning("going on without the optional package %s: %s", package.requirement, error)
+            raise FileNotFoundError(f"{error}; --optional_packages false does without it") from None
     return found
 
 
@@ -162,7 +159,7 @@ def _run_client(package: Package, folder: Path, wanted: Path) -> Path:
     else:
         npm = shutil.which("npm")
         if npm is None:
-            raise FileNotFoundError("npm is not installed")
+            raise FileNotFoundError(f"npm is not installed, which fetches {package.requirement}; install it")
         command = [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder), package.requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)
@@ -191,9 +188,10 @@ def wanted(config: PackageConfig, names: Iterable[str]) -> list[str]:
     return [name for name in names if TABLE[name].needed or config.optional_packages]
 
 
-def write_sources(folder: Path, found: Mapping[str, Fetched], asked: Iterable[str]) -> None:
-    """Record in sources.json each package asked for, and whether it could be had."""
+def write_sources(folder: Path, found: Mapping[str, Fetched]) -> None:
+    """Record in sources.json each package that was used."""
     rows = {
-        name: {"used": name in found, "requirement": TABLE[name].requirement, **asdict(TABLE[name])} for name in asked
+        name: {"requirement": fetched.package.requirement, **asdict(fetched.package)}
+        for name, fetched in found.items()
     }
     atomic_write(folder / SOURCES, json.dumps(rows, indent=2) + "\n")
