@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from llava_bridge.legacy_layout import legacy_rope
 from llava_bridge.templates import IMAGE_TOKEN
 from llava_bridge.tower import TowerSpec
 from llm2clip.vision_tower import load_vision_model
@@ -69,7 +70,7 @@ def compose(
         seed: of the projector and the two new embeddings; applied before they are drawn.
 
     Raises:
-        ValueError: if a part is missing or cannot be used.
+        ValueError: if a part is missing or cannot be used, or an export could not describe it.
     """
     vision_model: Any
     vision_model, image_processor = load_vision_model(tower)
@@ -80,7 +81,7 @@ def compose(
         language_model: Any = AutoModelForCausalLM.from_pretrained(
             llm, dtype=llm_dtype, quantization_config=quantization
         )
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, ImportError) as error:
         raise ValueError(f"{llm} holds no decoder LLM with its tokenizer ({error})") from error
     set_seed(seed)
     add_tokens(tokenizer, language_model)
@@ -124,11 +125,18 @@ def assemble(
     with torch.device("meta"):
         model = model_class(config)
     body: Any = model.model
-    if not isinstance(language_model.model, type(body.language_model)):
+    found = getattr(language_model, "model", None)
+    if not isinstance(found, type(body.language_model)):
         raise ValueError(
-            f"{type(language_model).__name__} is no plain decoder LLM: its body is a "
-            f"{type(language_model.model).__name__}, expected a {type(body.language_model).__name__}"
+            f"{type(language_model).__name__} is no plain decoder LLM: its body `model` is a {type(found).__name__}, "
+            f"expected a {type(body.language_model).__name__}"
         )
+    if language_model.lm_head.bias is not None:
+        raise ValueError(
+            f"the head of {type(language_model).__name__} has a bias, which has no place in transformers' LLaVA; "
+            "expected an LLM without one"
+        )
+    legacy_rope(text_config)  # refuses now what an export could not describe
     body.vision_tower = vision_model
     body.language_model = language_model.model
     model.lm_head = language_model.lm_head

@@ -116,7 +116,7 @@ class DialogueStream(Dataset):
         if len(self._bad) > max(1, self.max_bad_fraction * len(self.data)):
             raise ValueError(
                 f"{self.data.path}: {len(self._bad)} of {len(self.data)} dialogues cannot be used, more than "
-                f"data.max_bad_fraction {self.max_bad_fraction}; `llava-bridge check` lists them all"
+                f"data.max_bad_fraction {self.max_bad_fraction}; {self.skipped_file} lists them"
             )
 
 

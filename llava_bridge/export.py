@@ -147,7 +147,7 @@ def _write_model(
     )
     report = verify(path / MODEL, reference)
     atomic_write(path / "verification.json", json.dumps(report, indent=2) + "\n")
-    write_model_card(path / MODEL, config.trained, composed.model, report)
+    write_model_card(path / MODEL, config.trained, composed.model, report, has_adapters=has_lora)
     return {"num_parameters": sum(p.numel() for p in composed.model.parameters()), "merged": not has_lora}, outputs
 
 

@@ -85,7 +85,8 @@ def make_reference(
     attention_mask = (torch.arange(len(prompt)) < torch.tensor([[len(prompt)], [len(words)]])).long()
     exact: Any = model.float().eval()
     device = exact.device
-    greedy = GenerationConfig(**generation_settings(model, tokenizer), max_new_tokens=NUM_GENERATED)
+    # The model's own would fill in what the exported settings leave out, such as a penalty on repetition.
+    exact.generation_config = GenerationConfig(**generation_settings(model, tokenizer), max_new_tokens=NUM_GENERATED)
     with torch.no_grad():
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixels}
         logits = exact(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
@@ -94,7 +95,6 @@ def make_reference(
             input_ids=asked,
             attention_mask=torch.ones_like(asked),
             pixel_values=pixels.to(device),
-            generation_config=greedy,
         )
     tensors = {
         **batch,

@@ -37,8 +37,7 @@ def encode(
     """Tokenize a dialogue and label its supervised tokens.
 
     A token is supervised if its last character lies in a supervised span: the answer's first word counts, whether its
-    token includes the space before it (SentencePiece, some byte-level BPE) or not. The BOS or EOS that the tokenizer
-    adds around the text and the image tokens never are.
+    token includes the space before it (SentencePiece, some byte-level BPE) or not. Image tokens never are.
 
     Args:
         rendered: The text, with one `IMAGE_TOKEN` per image.
@@ -63,11 +62,9 @@ def encode(
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     input_ids: list[int] = []
     labels: list[int] = []
-    for token_id, (start, end), sequence in zip(
-        encoding["input_ids"], encoding["offset_mapping"], encoding.sequence_ids(0), strict=True
-    ):
+    for token_id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
         ids = [token_id]
-        learned = sequence is not None and bool(is_supervised[max(start, end - 1)])
+        learned = bool(is_supervised[max(start, end - 1)])
         if token_id in specials and 1 in is_control[start:end]:
             if token_id == image_token_id:
                 ids, learned = [image_token_id] * num_image_tokens, False

@@ -23,7 +23,8 @@ tags: [llava, llm2clip]
 # LLaVA with a {tower_type} tower
 
 A plain `LlavaForConditionalGeneration`: {num_parameters:.0f} M parameters, {num_image_tokens} tokens for an image of
-{image_size} px, LLM of type {llm_type}. Trained by the two stages of LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744).
+{image_size} px, LLM of type {llm_type}. Trained by {training} of LLaVA-1.5 (Liu et al. 2023, arXiv
+2310.03744).{adapters}
 
 ## Use
 
@@ -61,8 +62,19 @@ tower, the images and the dialogues above.
 """
 
 
+ADAPTERS = """
+
+**The LLM's adapters are apart**, in `../adapter`: this model is the one before they were trained, and so is what was
+verified. `peft.PeftModel.from_pretrained(model, "../adapter")` puts them in."""
+
+
 def write_model_card(
-    directory: Path, trained: str, model: LlavaForConditionalGeneration, verification: Mapping[str, Any]
+    directory: Path,
+    trained: str,
+    model: LlavaForConditionalGeneration,
+    verification: Mapping[str, Any],
+    *,
+    has_adapters: bool,
 ) -> None:
     """Write `directory/README.md`.
 
@@ -71,8 +83,11 @@ def write_model_card(
         trained: run directory it was made from.
         model: the exported model.
         verification: report of `export_check.check`.
+        has_adapters: whether adapters were written beside it.
     """
     config: Any = model.config
+    history = list(provenance(Path(trained)))
+    stages = [name for name in ("pretrain", "finetune") if name in {manifest["stage"] for _, manifest in history}]
     card = TEMPLATE.format(
         tower_type=config.vision_config.model_type,
         llm_type=config.text_config.model_type,
@@ -80,7 +95,9 @@ def write_model_card(
         num_image_tokens=config.image_seq_length,
         image_size=config.vision_config.image_size,
         transformers=verification["transformers"],
-        stages="\n".join(stage_row(path, manifest) for path, manifest in provenance(Path(trained))),
+        training="both stages" if len(stages) == 2 else f"one stage, {stages[0]},",
+        adapters=ADAPTERS if has_adapters else "",
+        stages="\n".join(stage_row(path, manifest) for path, manifest in history),
         version=__version__,
     )
     atomic_write(directory / "README.md", card)

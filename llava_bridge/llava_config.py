@@ -58,6 +58,10 @@ class LlavaStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         problems = []
+        if not self.data.path:
+            problems.append("data.path is missing: the dialogues, official LLaVA JSON or JSONL")
+        if self.template == "plain" and self.system is not None:
+            problems.append(f"system is {self.system!r}, but the template plain has no system message")
         if self.tune.vision_last_layers is not None and self.tune.vision != "full":
             problems.append(f"tune.vision_last_layers needs tune.vision full, not {self.tune.vision}")
         if self.vision_learning_rate is not None and self.tune.vision == "frozen":

@@ -7,14 +7,20 @@ from pathlib import Path
 from llm2clip.run_dir import read_manifest
 
 
-def require_same_parts(pretrained: Path, inputs: dict[str, str]) -> None:
-    """Refuse the output of a stage 1 that had another tower or LLM.
+def require_same_parts(pretrained: Path, inputs: dict[str, str], feature_layer: int) -> None:
+    """Refuse the output of a stage 1 that had another tower, feature layer or LLM.
 
     Raises:
         FileNotFoundError: if it is not complete.
-        ValueError: if a part differs; names it with both fingerprints.
+        ValueError: if something differs; names it with both values.
     """
-    there = read_manifest(pretrained)["inputs"]
+    manifest = read_manifest(pretrained)
+    if (layer := manifest["settings"]["feature_layer"]) != feature_layer:
+        raise ValueError(
+            f"{pretrained} was trained on feature_layer {layer} of the tower, not {feature_layer}; a projector fits "
+            f"one layer only: set feature_layer to {layer}, or run pretrain with {feature_layer}"
+        )
+    there = manifest["inputs"]
     for part in ("tower", "llm"):
         if there.get(part) != inputs[part]:
             raise ValueError(

@@ -13,7 +13,7 @@ from llava_bridge.parts import require_same_parts
 from llava_bridge.tuning import WEIGHTS
 from llm2clip.caption_sources import write_skipped
 from llm2clip.config import StageCall, parse_stage
-from llm2clip.run_dir import RunDir, fingerprint, is_main_process, model_fingerprint
+from llm2clip.run_dir import RunDir, fingerprint, is_main_process, model_fingerprint, read_manifest
 
 if TYPE_CHECKING:
     from llava_bridge.compose import Composed
@@ -158,7 +158,7 @@ def build(config: LlavaStageConfig, args: PretrainArguments, pretrained: Path | 
 
     from llava_bridge.compose import compose
     from llava_bridge.modeling import LlavaForTraining
-    from llava_bridge.tuning import load_tensors, set_trainable
+    from llava_bridge.tuning import load_tensors, names_with_adapters, set_trainable
 
     low = torch.bfloat16 if args.bf16 else torch.float32
 
@@ -181,7 +181,11 @@ def build(config: LlavaStageConfig, args: PretrainArguments, pretrained: Path | 
     if pretrained is not None:
         inherited = load_tensors(pretrained / WEIGHTS, composed.model)
     set_trainable(composed.model, config.tune, config.lora)
-    return composed, inherited
+    if args.deepspeed_plugin is None:
+        for parameter in composed.model.parameters():
+            if parameter.requires_grad:  # PEFT's adapters have the dtype of what they adapt
+                parameter.data = parameter.data.float()
+    return composed, names_with_adapters(inherited, composed.model)
 
 
 @contextmanager
@@ -199,7 +203,10 @@ def whole_weights(args: PretrainArguments) -> Iterator[None]:
     try:
         yield
     finally:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+        else:  # the configuration is accelerate's
+            args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def quantization(args: PretrainArguments) -> Any:
@@ -240,26 +247,28 @@ def encoder_of(config: LlavaStageConfig, composed: Composed) -> DialogueEncoder:
     )
 
 
-def look_at(encoder: DialogueEncoder, data: DialogueData, max_unsupervised: float, stage: str) -> None:
+def look_at(encoder: DialogueEncoder, data: DialogueData, max_bad_fraction: float, stage: str) -> None:
     """Encode an even selection of the dialogues and show one with its mask.
 
     Raises:
-        ValueError: if too many of them have no supervised token.
+        ValueError: if the template cannot be used, or too many of them cannot be encoded or have no supervised token.
     """
     from llava_bridge.labels import IGNORE
+    from llava_bridge.templates import export_chat_template
 
+    export_chat_template(encoder.template, encoder.tokenizer, system=encoder.system)
     indices = range(0, len(data), -(-len(data) // PREFLIGHT))
-    lengths, empty, shown = [], [], False
+    lengths, bad, shown = [], [], False
     for index in indices:
         dialogue = data[index]
         try:
             ids, labels = encoder.tokens(dialogue)
-        except ValueError as error:  # the stream skips and counts it
-            logger.warning("%s: dialogue %s: %s", stage, dialogue.id, error)
+        except ValueError as error:
+            bad.append(f"{dialogue.id}: {error}")
             continue
         lengths.append(len(ids))
         if all(label == IGNORE for label in labels):
-            empty.append(dialogue.id)
+            bad.append(f"{dialogue.id}: no supervised token; is data.max_length large enough?")
         elif not shown:
             logger.info("%s: a sample, [what is trained on] in brackets:\n%s", stage, show(encoder, ids, labels))
             shown = True
@@ -267,10 +276,12 @@ def look_at(encoder: DialogueEncoder, data: DialogueData, max_unsupervised: floa
         "%s: %d of %d dialogues looked at: %.0f tokens on average, %d at most",
         *(stage, len(lengths), len(data), sum(lengths) / max(1, len(lengths)), max(lengths, default=0)),
     )
-    if len(empty) > max_unsupervised * len(indices):
+    for problem in bad[:3]:
+        logger.warning("%s: dialogue %s", stage, problem)
+    if len(bad) > max(1, max_bad_fraction * len(indices)):
         raise ValueError(
-            f"{len(empty)} of {len(indices)} dialogues have no supervised token, first {empty[:3]}; at most "
-            f"data.max_bad_fraction {max_unsupervised} may: is the template right, data.max_length large enough?"
+            f"{len(bad)} of {len(indices)} dialogues cannot be trained on (at most data.max_bad_fraction "
+            f"{max_bad_fraction} may), first {bad[0]}"
         )
 
 
@@ -295,6 +306,11 @@ def finetune_inputs(config: FinetuneConfig, data: DialogueData) -> dict[str, str
     """Fingerprints of stage 2, checked against the stage 1 that it starts from."""
     found = fingerprints(config, data)
     if config.pretrained is not None:
-        require_same_parts(config.pretrained, found)
+        require_same_parts(config.pretrained, found, config.feature_layer)
+        if config.tune.llm == "qlora" and read_manifest(config.pretrained)["settings"]["tune.llm"] == "full":
+            raise ValueError(
+                f"tune.llm is qlora, which holds the LLM as it was in 4 bits, but {config.pretrained} trained all of "
+                "it; take lora or full"
+            )
         found["pretrained"] = fingerprint(config.pretrained)
     return found

@@ -74,6 +74,9 @@ VICUNA = r"""
 """
 """`conv_vicuna_v1` of LLaVA v1.2 `conversation.py`; SYSTEM and EOS stand for string literals."""
 
+FIXED_DATE = "{%- set date_string = '26 Jul 2024' %}\n"
+"""Llama 3.2's own date for renderers without a clock, so that a sample is the same on every day."""
+
 CHAT_SYSTEM = r"""
 {%- if ns.messages[0]['role'] != 'system' %}
     {%- set ns.messages = [{'role': 'system', 'content': SYSTEM}] + ns.messages %}

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from llava_bridge.template_sources import CHAT_SYSTEM, FLATTEN, PLAIN, VICUNA
+from llava_bridge.template_sources import CHAT_SYSTEM, FIXED_DATE, FLATTEN, PLAIN, VICUNA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,9 +160,16 @@ def export_chat_template(
             "the template chat is the tokenizer's own chat template, and this tokenizer has none; "
             "use the template vicuna_v1, or put a chat_template.jinja beside the tokenizer"
         )
+    clock = "strftime_now" in tokenizer.chat_template
+    if clock and "date_string" not in tokenizer.chat_template:
+        raise ValueError(
+            "the chat template writes the present time, so that training and inference differ; replace strftime_now "
+            "in it by a constant, or use the template vicuna_v1"
+        )
+    date = FIXED_DATE if clock else ""
     system_message = "" if system is None else _fill(CHAT_SYSTEM, {"SYSTEM": system})
     # The newline after the last block is dropped by trim_blocks; the LLM's template follows unchanged.
-    return f"{FLATTEN.lstrip()}{system_message}\n{{%- set messages = ns.messages %}}\n{tokenizer.chat_template}"
+    return f"{date}{FLATTEN.lstrip()}{system_message}\n{{%- set messages = ns.messages %}}\n{tokenizer.chat_template}"
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -61,7 +61,7 @@ class LlavaTrainer(StageTrainer):
         self.metadata = metadata
         self.names = inherited | trained_names(self.model)
         self.max_unsupervised = max_unsupervised
-        self._samples = self._unsupervised = 0.0
+        self._unsupervised = 0.0
 
     def compute_loss(
         self,
@@ -76,7 +76,8 @@ class LlavaTrainer(StageTrainer):
         if num_items_in_batch is None:
             loss = losses.sum() / max(1, losses.numel())
         else:
-            loss = losses.sum() / num_items_in_batch * self.args.world_size  # processes are averaged
+            supervised_tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)  # of the step, on all processes
+            loss = losses.sum() / supervised_tokens * self.args.world_size  # which are averaged
         with_image = (inputs["input_ids"] == self.model.config.image_token_index).any(dim=1)
         of_image = with_image[rows]
         supervised = (inputs["labels"] != IGNORE).any(dim=1)
@@ -99,12 +100,12 @@ class LlavaTrainer(StageTrainer):
         Raises:
             RuntimeError: if too many samples had no supervised token.
         """
-        self._samples += means["samples"]
         self._unsupervised += means["unsupervised"]
-        if self._unsupervised > self.max_unsupervised * self._samples:
+        num_samples = self.args.max_steps * self.args.global_batch_size
+        if self._unsupervised > max(1, self.max_unsupervised * num_samples):
             raise RuntimeError(
-                f"{self._unsupervised / self._samples:.1%} of the samples have no supervised token (at most "
-                f"data.max_bad_fraction {self.max_unsupervised:.1%}): answers are empty, or cut off by data.max_length"
+                f"{self._unsupervised:.0f} of the run's {num_samples} samples have no supervised token, at most "
+                f"data.max_bad_fraction {self.max_unsupervised:g} may: answers are empty, or cut off by max_length"
             )
         supervised = means["image_tokens"] + means["text_tokens"]
         metrics = {"loss": (means["image_loss_sum"] + means["text_loss_sum"]) / max(1.0, supervised)}
@@ -122,7 +123,7 @@ class LlavaTrainer(StageTrainer):
             save_tensors(directory / WEIGHTS, self.model, self.names, self.metadata, state_dict)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A checkpoint holds what is trained, not the whole model."""
+        """A checkpoint holds what is trained, not the whole model; under DeepSpeed its own files hold all of it."""
         assert output_dir is not None
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)

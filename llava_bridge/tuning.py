@@ -124,6 +124,13 @@ def add_lora(model: nn.Module, parts: Sequence[Part], lora: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, model)
 
 
+def names_with_adapters(names: Iterable[str], model: nn.Module) -> set[str]:
+    """Names of tensors of a model as they are since adapters were put around some of its layers."""
+    own = model.state_dict().keys()
+    wrapped = {name: "{0}.base_layer.{2}".format(*name.rpartition(".")) for name in names}
+    return {name if name in own else inner for name, inner in wrapped.items()}
+
+
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 

@@ -31,7 +31,7 @@ from llm2clip.run_dir import atomic_write
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "complete"  # a checkpoint without this file was cut off while it was written
+COMPLETE = "complete"  # holds the global batch size; a checkpoint without it was cut off while it was written
 EMA_STATE = "ema.pt"
 
 Scalars = dict[str, float]
@@ -140,6 +140,8 @@ class StageTrainer(Trainer):
             data_collator=data_collator,  # type: ignore[arg-type]
             callbacks=[*callbacks, _Bookkeeping(self)],
         )
+        if self.is_fsdp_enabled:
+            raise ValueError("FSDP would leave every process a part of what is written; use DDP or DeepSpeed ZeRO")
         self.model_accepts_loss_kwargs = False  # else accumulated gradients are summed, not averaged
         self.objective = objective
         self.lr_scale = lr_scale or (lambda name: 1.0)
@@ -279,13 +281,23 @@ class StageTrainer(Trainer):
     # Interruption
 
     def train(self) -> Any:  # type: ignore[override]
-        """Train from the newest complete checkpoint, if there is one, to the end."""
+        """Train from the newest complete checkpoint, if there is one, to the end.
+
+        Raises:
+            ValueError: if that was written by a run with other global batches.
+        """
         checkpoint = self._newest_checkpoint()
         step = 0
         if self.ema is not None:
             self.ema.to(self.args.device)  # where DeepSpeed will have put the model
         if checkpoint is not None:
             step = _step_of(checkpoint)
+            written = int((checkpoint / COMPLETE).read_text())
+            if written != self.args.global_batch_size:
+                raise ValueError(
+                    f"{checkpoint} was written with global batches of {written}, this is a run with batches of "
+                    f"{self.args.global_batch_size}; start as many processes as before"
+                )
             logger.info("continuing from step %d of %d", step, self.args.max_steps)
             if self.ema is not None:
                 self.ema.load_state_dict(torch.load(checkpoint / EMA_STATE, weights_only=True, map_location="cpu"))
@@ -321,7 +333,7 @@ class StageTrainer(Trainer):
             for path in [*checkpoint.rglob("*"), self.run_dir / "metrics.jsonl"]:
                 if path.is_file():
                     _sync(path)
-            atomic_write(checkpoint / COMPLETE, "")
+            atomic_write(checkpoint / COMPLETE, f"{self.args.global_batch_size}\n")
         self._newest_checkpoint()
 
 

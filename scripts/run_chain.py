@@ -86,7 +86,7 @@ def load_chain(path: Path) -> dict[str, Any]:
     """One chain file, on top of its base if it names one."""
     if not path.is_file():
         raise ValueError(
-            f"{path} does not exist; chains are the YAML files in configs/ that have `stages`, such as configs/demo/llm2clip.yaml"
+            f"{path} does not exist; chains are YAML files with `stages`, such as configs/demo/llm2clip.yaml"
         )
     chain = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "base" not in chain:

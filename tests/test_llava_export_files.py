@@ -145,6 +145,13 @@ def test_generation_is_greedy_and_ends_at_every_end_token(tmp_path):
     model.generation_config.eos_token_id = ends
     model.generation_config.temperature, model.generation_config.do_sample = 0.6, True
     settings = export_files.generation_settings(model, tokenizer)
+    model.generation_config.repetition_penalty = 5.0  # Qwen2.5 has one; neither exported nor used to verify
+    processor = image_processor_for(tower_processor("clip"), "pad")
+    ids = [0, *[model.config.image_token_index] * IMAGE_TOKENS["clip"], 9]
+    found = export_verify.make_reference(model, tokenizer, processor, ids).tensors["generated_ids"]
+    model.generation_config = transformers.GenerationConfig(**settings)
+    again = export_verify.make_reference(model, tokenizer, processor, ids).tensors["generated_ids"]
+    assert found.tolist() == again.tolist()
     pad = tokenizer.pad_token_id
     assert settings == {"do_sample": False, "pad_token_id": pad, "bos_token_id": 0, "eos_token_id": ends[::-1]}
     export = Export(tmp_path)

@@ -325,6 +325,15 @@ def test_whether_there_is_a_bos_is_the_chat_templates_own_business(template: str
     assert rendered.text.startswith(f"{bos}<|start|>") and ((0, 3) in rendered.controls) == bool(bos)
 
 
+def test_a_sample_is_the_same_on_every_day() -> None:
+    """Llama 3.2 writes the date unless it is told one."""
+    llama = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    rendered = render("chat", dialogue("What?", "a cat"), chat(llama + "Today: {{ date_string }}" + MARKED))
+    assert rendered.text.startswith("Today: 26 Jul 2024<|start|>")
+    with pytest.raises(ValueError, match="writes the present time"):
+        render("chat", dialogue("What?", "a cat"), chat("{{ strftime_now('%d %b %Y') }}" + MARKED))
+
+
 def test_a_bos_that_changes_what_follows_is_refused() -> None:
     tokenizer = copy.deepcopy(llama_tokenizer(legacy=False))
     bos = AddedToken("<bos>", rstrip=True, normalized=False)  # swallows the space that would mend it

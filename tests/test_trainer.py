@@ -205,6 +205,16 @@ def test_checkpoint_that_was_cut_off_does_not_count(tmp_path: Path):
     assert not checkpoints.exists()
 
 
+def test_a_run_with_other_global_batches_does_not_continue(tmp_path: Path):
+    first = make_trainer(tmp_path / "run")
+    kill_at(first, 12)
+    with pytest.raises(Killed):
+        first.train()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-10" / "complete").write_text(f"{2 * BATCH}\n")
+    with pytest.raises(ValueError, match=f"batches of {2 * BATCH}, .* {BATCH}; start as many processes as before"):
+        make_trainer(tmp_path / "run").train()
+
+
 def test_number_of_workers_changes_nothing(tmp_path: Path):
     for workers in (0, 1, 2):
         make_trainer(tmp_path / str(workers), dataloader_num_workers=workers, max_steps=4).train()

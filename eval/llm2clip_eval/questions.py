@@ -2,7 +2,8 @@
 
 A file is parquet, as `datasets` writes it, one question a row: `id`, `image` (a `datasets.Image`), `question`,
 `answer`, `type` and `subtype` of the question, `language`, `image_id` (questions about one image are no independent
-observations) and `chance`, the share of such questions that a guess among their possible answers gets right.
+observations) and `chance`, the share of such questions that a guess among their possible answers gets right. The demo's
+also have these answers, `choices`, for the task demo_choice.
 """
 
 from __future__ import annotations
