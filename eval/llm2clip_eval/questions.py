@@ -2,8 +2,8 @@
 
 A file is parquet, as `datasets` writes it, one question a row: `id`, `image` (a `datasets.Image`), `question`,
 `answer`, `type` and `subtype` of the question, `language`, `image_id` (questions about one image are no independent
-observations) and `chance`, the share of such questions that a guess among their possible answers gets right. The demo's
-also have these answers, `choices`, for the task demo_choice.
+observations) and `chance`, the share of such questions that a guess among their possible answers gets right. The
+demo's also have `choices`, these answers, which the task demo_choice draws from.
 """
 
 from __future__ import annotations
