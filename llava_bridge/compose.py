@@ -102,6 +102,22 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedMod
         language_model.resize_token_embeddings(size, pad_to_multiple_of=VOCABULARY_MULTIPLE)
 
 
+def check_llm(language_model: Any) -> None:
+    """Refuse at once an LLM that could be trained but not exported.
+
+    Raises:
+        ValueError: saying why.
+    """
+    name = type(language_model).__name__
+    if not hasattr(language_model, "model"):
+        raise ValueError(f"{name} has no body `model`, as transformers' LLaVA needs; expected one like Llama or Qwen2")
+    if language_model.lm_head.bias is not None:
+        raise ValueError(
+            f"the head of {name} has a bias, which has no place in transformers' LLaVA; expected an LLM without one"
+        )
+    legacy_rope(language_model.config)
+
+
 def assemble(
     model_class: type[LlavaForConditionalGeneration],
     vision_model: PreTrainedModel,
@@ -111,6 +127,7 @@ def assemble(
 ) -> LlavaForConditionalGeneration:
     """The model of these very modules, with a projector drawn from the global generator."""
     text_config = language_model.config
+    check_llm(language_model)
     config = LlavaConfig(
         vision_config=vision_model.config,
         text_config=text_config,
@@ -125,18 +142,11 @@ def assemble(
     with torch.device("meta"):
         model = model_class(config)
     body: Any = model.model
-    found = getattr(language_model, "model", None)
-    if not isinstance(found, type(body.language_model)):
+    if not isinstance(language_model.model, type(body.language_model)):
         raise ValueError(
-            f"{type(language_model).__name__} is no plain decoder LLM: its body `model` is a {type(found).__name__}, "
-            f"expected a {type(body.language_model).__name__}"
+            f"{type(language_model).__name__} is no plain decoder LLM: its body is a "
+            f"{type(language_model.model).__name__}, expected a {type(body.language_model).__name__}"
         )
-    if language_model.lm_head.bias is not None:
-        raise ValueError(
-            f"the head of {type(language_model).__name__} has a bias, which has no place in transformers' LLaVA; "
-            "expected an LLM without one"
-        )
-    legacy_rope(text_config)  # refuses now what an export could not describe
     body.vision_tower = vision_model
     body.language_model = language_model.model
     model.lm_head = language_model.lm_head

@@ -48,7 +48,7 @@ def test_what_is_trained_is_float32_under_autocast(root: Path, tmp_path: Path, l
 def test_adapters_of_a_part_that_stage_1_trained_in_full(root: Path, tmp_path: Path, part: str):
     first = train(pretrain, root, tmp_path / "first", **{f"tune__{part}": "full"})
     settings = {"pretrained": str(first), "tune__llm": "frozen", "lora__rank": 4, f"tune__{part}": "lora"}
-    run = train(finetune, root, tmp_path / "run", training__save_steps=1, **settings)
+    run = train(finetune, root, tmp_path / "run", training__save_steps=2, **settings)
     export.main(["--trained", str(run), "--output_dir", str(tmp_path / "export"), "--dtype", "float32"])
     card = (tmp_path / "export" / "model" / "README.md").read_text()
     assert "Trained by both stages of LLaVA-1.5" in card and "adapters" not in card
@@ -79,7 +79,7 @@ def test_a_template_that_cannot_be_used_is_an_error_at_once(root: Path, tmp_path
 def test_llms_that_no_export_could_describe_are_refused(root: Path, tmp_path: Path):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     heads = {"gpt2": transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2), "phi": transformers.PhiConfig(**small)}
-    for name, match in (("gpt2", "its body `model` is a NoneType"), ("phi", "has a bias, which has no place")):
+    for name, match in (("gpt2", "has no body `model`"), ("phi", "has a bias, which has no place")):
         tokenizer = transformers.AutoTokenizer.from_pretrained(root / "llm")
         heads[name].vocab_size = len(tokenizer)
         transformers.AutoModelForCausalLM.from_config(heads[name]).save_pretrained(tmp_path / name)
