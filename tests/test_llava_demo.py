@@ -24,7 +24,7 @@ SCENES += ["--num_val_scenes=16", "--num_test_scenes=16", "--num_layout_pairs=0"
 SMALL = ["--num_captions=200", "--num_dialogues=600", "--languages=[de, fr]", "--num_language_eval=10"]
 NUM_EVAL = dict.fromkeys(facts.TYPES, 20)
 SMALL += [f"--num_eval={json.dumps(NUM_EVAL)}"]
-PACKAGES = ("openmoji", "emoji", "cldr")
+PACKAGES = ("openmoji", "emoji", "fluent", "twemoji", "noto", "cldr")
 COLORS = ("red", "blue", "black", "green")
 SHAPES = ("circle", "rectangle", "triangle")
 
