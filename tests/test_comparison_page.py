@@ -256,7 +256,7 @@ def test_more_than_another_tower_is_warned_of(small, tmp_path):
         assert text.count("Warning.") == 2
         assert "LLM2CLIP and CLIP differ in more than the vision tower (training.learning_rate)" in text
         assert "may differ in dtype" in text
-    unknown = replace(small, recipe_differences={"llm2clip": (("model", "a", "b"),)})
+    unknown = replace(small, recipe_differences={"llm2clip": (("lmms: model (not recorded)", "a", "b"),)})
     assert "not recorded" in comparison_page.recipe_warnings(unknown)[0]
 
 

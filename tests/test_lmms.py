@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 import safetensors.torch
+import transformers
 import yaml
 from llava_exports import Export, edit
 from PIL import Image
@@ -24,8 +25,9 @@ from question_files import picture, question, write_questions
 from llm2clip.run_dir import fingerprint
 from llm2clip_eval import lmms, lmms_tasks
 from llm2clip_eval.answerer import Answerer
-from llm2clip_eval.lmms_model import image_digest
+from llm2clip_eval.lmms_model import LlavaAdapter, generation_settings
 from llm2clip_eval.questions import QuestionFile, is_correct
+from llm2clip_eval.response_store import image_digest
 from llm2clip_eval.suites import load_suite
 
 POOLS = ("seen", "concepts", "compositions")
@@ -225,6 +227,85 @@ def test_new_weights_at_the_same_path_are_asked_again(tmp_path, llava, questions
     assert all(one["response"] != other["response"] for one, other in pairs)
 
 
+def test_every_file_of_our_tasks_counts_wherever_it_lies(tmp_path, llava, questions):
+    first, second = (Path(shutil.copytree(DEMO_TASKS, tmp_path / name / "tasks")) for name in ("a", "b"))
+    call = lmms.parse(arguments(tmp_path / "out", llava, questions, include=[str(first), str(second)]))
+
+    def digests() -> tuple[str, str]:
+        found = lmms.inputs(call)
+        return found["include.0"], found["include.1"]
+
+    same = digests()
+    assert same[0] == same[1]
+    template = second / "demo" / "_demo_yaml"
+    template.write_text(template.read_text().replace("max_new_tokens: 12", "max_new_tokens: 13"))
+    changed = digests()
+    assert changed[0] == same[0] != changed[1]
+    (second / "demo" / "demo_count.yaml").rename(second / "demo_count.yaml")
+    moved = digests()
+    assert moved[1] not in (same[1], changed[1])
+    (second / "__pycache__").mkdir(exist_ok=True)
+    (second / "__pycache__" / "demo.pyc").write_bytes(b"1")
+    assert digests() == moved
+
+
+JUDGE = """
+import json
+from pathlib import Path
+
+
+def score(doc, results):
+    return {"gpt_eval_score": json.loads(Path("VERDICT").read_text())}
+
+
+def mean(records):
+    return sum(record["score"] for record in records) / len(records)
+"""
+
+
+def test_a_judge_that_failed_fails_the_task_and_the_next_run_only_judges(tmp_path, llava):
+    rows = {
+        "question": ["What colour is it?"] * 2,
+        "answers": [["red", "dark red"], ["blue", "blue"]],
+        "image": [{"bytes": picture(1), "path": None}] * 2,
+    }
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    data, verdict, suite = (tmp_path / name for name in ("data.parquet", "verdict.json", "suite.yaml"))
+    table.to_parquet(str(data))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "judge.py").write_text(JUDGE.replace("VERDICT", str(verdict)))
+    (tasks / "judged.yaml").write_text(
+        f"include: {DEMO_TASKS / 'demo' / '_demo_yaml'}\n"
+        "task: judged\n"
+        "process_results: !function judge.score\n"
+        "metric_list: [{metric: gpt_eval_score, aggregation: !function judge.mean, higher_is_better: true}]\n"
+    )
+    suite.write_text(yaml.safe_dump({"tasks": [{"task": "judged", "metric": "gpt_eval_score", "judge": "llm"}]}))
+    settings = {"suite": str(suite), "tasks": [], "include": [str(tasks)], "data": {"judged": str(data)}}
+    command = arguments(tmp_path / "out", llava, tmp_path, **settings)
+    for record in (
+        {"score": 0.0, "eval_model": ""},  # MM-Vet
+        {"score": 0.0, "eval_model": "gpt-4o", "scores": [-1, -1]},  # LLaVA-Bench
+        {"score": 0.0, "eval_model": "Failed Request", "scores": [-1, -1]},
+    ):
+        verdict.write_text(json.dumps(record))
+        with pytest.raises(RuntimeError, match="RuntimeError: the judge failed on 2 of 2 answers, .* document 0"):
+            lmms.main(command)
+        assert not results(tmp_path / "out")
+    asked = responses(tmp_path / "out", "judged")
+    assert len(asked) == 2
+    verdict.write_text(json.dumps({"score": 0.5, "eval_model": "gpt-4o", "scores": [8, 4]}))
+    lmms.main(command)
+    assert responses(tmp_path / "out", "judged") == asked
+    record = results(tmp_path / "out")["judged"]
+    assert record["metrics"] == {"gpt_eval_score": 0.5}
+    # `doc_to_target: answer`, and no such column, as VQAv2, TextVQA and VizWiz have it
+    first, second = record["items"]
+    assert [json.loads(item["target"]) for item in (first, second)] == rows["answers"]
+    assert first["images"] == second["images"] and first["item"] != second["item"]
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_no_item_is_asked_twice_and_the_end_is_the_same(tmp_path, llava, questions):
     rows = [question(number, id=f"test-seen-{number:05d}") for number in range(120)]
@@ -275,6 +356,44 @@ def test_llava_hf_of_lmms_eval_says_the_same(finished, llava, questions):
         item["response"] for item in record["items"]
     ]
     assert found["results"]["demo_count"]["exact_match,none"] == record["metrics"]["exact_match"]
+
+
+def with_generation(directory: Path, **settings: str) -> None:
+    """`demo_count` asked in other ways: a task for each of the settings, which are YAML."""
+    for name, text in settings.items():
+        lines = [f"include: {DEMO_TASKS / 'demo' / 'demo_count.yaml'}", f"task: {name}", f"generation_kwargs: {text}"]
+        (directory / f"{name}.yaml").write_text("\n".join(lines))
+
+
+def test_stop_strings_are_those_that_a_task_states(tmp_path, questions):
+    stated = r'{until: ["\n\n"]}'
+    with_generation(tmp_path, none="null", some="{max_new_tokens: 5}", stated=stated, empty="{until: null}")
+    for name, expected in (("none", []), ("some", []), ("empty", []), ("stated", ["\n\n"])):
+        task = lmms_tasks.load_task(name, [tmp_path], questions)
+        assert generation_settings(task.config.generation_kwargs)["until"] == expected, name
+
+
+@pytest.mark.slow
+def test_paragraphs_end_no_answer_as_in_llava_hf_of_lmms_eval(tmp_path, llava, questions, monkeypatch):
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    with_generation(tmp_path, unstated="{max_new_tokens: 5}", stated=r'{max_new_tokens: 5, until: ["\n\n"]}')
+    long = "First.\n\nSecond."
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerBase, "batch_decode", lambda self, ids, **settings: [long] * len(ids)
+    )
+
+    def said(name: str, model: Any, **settings: Any) -> set[str]:
+        task = lmms_tasks.load_task(name, [tmp_path], questions)
+        manager = TaskManager(include_defaults=False)
+        settings = {"tasks": [task], "task_manager": manager, "limit": 2, "bootstrap_iters": 0, **settings}
+        found: Any = simple_evaluate(model=model, batch_size=1, device="cpu", **settings)
+        return {sample["filtered_resps"][0] for sample in found["samples"][name]}
+
+    ours = LlavaAdapter(str(llava), device="cpu")
+    assert said("unstated", ours) == said("unstated", "llava_hf", model_args=f"pretrained={llava},device_map=cpu")
+    assert said("unstated", ours) == {long} and said("stated", ours) == {"First."}
 
 
 @pytest.mark.slow
@@ -394,6 +513,26 @@ def test_local_copies_of_data_stand_for_the_hub(tmp_path):
         lmms_tasks.task_config("demo_chinese", [DEMO_TASKS])
     with pytest.raises(ValueError, match="pope_full is a group of tasks"):
         lmms_tasks.task_config("pope_full", [DEMO_TASKS])
+
+
+def test_local_files_are_of_one_split_and_one_configuration(tmp_path):
+    shards = [f"test-{number:05d}-of-00002.parquet" for number in range(2)]
+    for name in (*shards, "testdev-00000-of-00001.parquet", "test_balanced.parquet"):
+        (tmp_path / "data" / "DocVQA").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "DocVQA" / name).touch()
+
+    def files(name: str | None) -> list[str]:
+        local = lmms_tasks.with_local_data({"test_split": "test", "dataset_name": name}, tmp_path / "data")
+        found = local["dataset_kwargs"]["data_files"]["test"]
+        return [Path(file).relative_to(tmp_path / "data").as_posix() for file in found]
+
+    assert files("DocVQA") == files(None) == files("elsewhere") == [f"DocVQA/{name}" for name in shards]
+    (tmp_path / "data" / "InfographicVQA").mkdir()
+    (tmp_path / "data" / "InfographicVQA" / "test.parquet").touch()
+    assert files("InfographicVQA") == ["InfographicVQA/test.parquet"]
+    for name in (None, "elsewhere"):
+        with pytest.raises(ValueError, match="several directories, .*/DocVQA, .*/InfographicVQA; name the"):
+            files(name)
 
 
 def test_our_variants_differ_from_the_originals_only_in_what_they_are_for():

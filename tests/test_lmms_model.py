@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from question_files import picture
 from transformers.image_utils import load_image
 
 from llm2clip_eval import lmms_model
-from llm2clip_eval.lmms_model import LlavaAdapter, cut, generation_settings, image_digest
-from llm2clip_eval.response_store import ResponseStore
+from llm2clip_eval.lmms_model import LlavaAdapter, Prompt, cut, generation_settings
+from llm2clip_eval.response_store import ResponseStore, image_digest
 
 QUESTIONS = ("How many cats?", "What is above the big red tree near the house?", "Is it red?", "Which is larger?")
 NUM_IMAGES = (1, 0, 2, 1, 0, 2, 1)
@@ -135,7 +137,7 @@ def test_cut_and_settings():
             generation_settings(settings)
 
 
-def test_what_is_stored_is_not_asked_again_unless_anything_differs(tmp_path, llava, build, counted):
+def test_what_is_stored_is_not_asked_again_unless_anything_differs(tmp_path, build, counted, monkeypatch):
     def ask(identity: str = "weights", dtype: str = "float32", num: int = 7, **settings: Any) -> list[str]:
         with ResponseStore(tmp_path / "task.jsonl") as store:
             adapter = build(batch_size=2, store=store, identity={"model": identity}, dtype=dtype)
@@ -143,7 +145,7 @@ def test_what_is_stored_is_not_asked_again_unless_anything_differs(tmp_path, lla
 
     assert len(ask(num=3)) == 3 and counted == [2, 1]
     first = ask()
-    assert counted[2:] == [1, 2, 1]  # of the second batch one was there
+    assert counted[2:] == [2, 2, 1]  # document 2 was answered without 3
     assert ask() == first and len(counted) == 5
     ask(identity="other weights at the same path", num=2)
     ask(max_new_tokens=2, num=2)
@@ -151,9 +153,27 @@ def test_what_is_stored_is_not_asked_again_unless_anything_differs(tmp_path, lla
     assert counted[5:] == [2, 2, 2]
     changed = lambda document: messages({**document, "question": document["question"] + "!"})  # noqa: E731
     ask(to_messages=changed, num=2)
-    assert counted[8:] == [2]
+    monkeypatch.setattr(lmms_model, "version", lambda name: "0.1")
+    ask(num=2)
+    assert counted[8:] == [2, 2]
     rows = [json.loads(line) for line in (tmp_path / "task.jsonl").read_text().splitlines()]
-    assert len({row["key"] for row in rows}) == len(rows) == 15
+    assert len({row["key"] for row in rows}) == len(rows) == 18
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_forms_the_same_batches_and_ends_with_the_same_responses(tmp_path, build, counted, dtype):
+    def ask(file: Path) -> list[str]:
+        with ResponseStore(file) as store:
+            return build(batch_size=3, store=store, dtype=dtype).generate_until(requests())
+
+    def rows(file: Path) -> list[dict[str, Any]]:
+        return [{**json.loads(line), "seconds": None} for line in file.read_text().splitlines()]
+
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    texts = ask(whole)
+    killed.write_text("".join(whole.read_text().splitlines(keepends=True)[:4]))  # one of the second batch
+    assert ask(killed) == texts and counted == [3, 3, 1, 3, 1]
+    assert rows(killed) == rows(whole) and len(texts) == 7
 
 
 def test_a_failure_is_recorded_told_and_asked_again(tmp_path, build, monkeypatch, counted):
@@ -169,12 +189,33 @@ def test_a_failure_is_recorded_told_and_asked_again(tmp_path, build, monkeypatch
         adapter = build(batch_size=4, store=store)
         with pytest.raises(RuntimeError, match=r"2 of 7 requests failed .* document 1: ValueError: no such token"):
             adapter.generate_until(requests())
-    assert counted == [4, 1, 1, 1, 1, 3, 1, 1, 1]
+    assert counted == [4, 2, 1, 1, 2, 3, 1, 2, 1, 1]
     rows = [json.loads(line) for line in (tmp_path / "task.jsonl").read_text().splitlines()]
     assert [row["doc_id"] for row in rows if row["text"] is None] == [1, 5]
     with ResponseStore(tmp_path / "task.jsonl") as store:
         texts = build(batch_size=4, store=store).generate_until(requests())
-    assert counted[9:] == [1, 1] and len(texts) == 7
+    assert counted[10:] == [4, 3] and len(texts) == 7
+
+
+def test_a_batch_too_large_is_asked_in_halves_when_its_memory_is_free(build, monkeypatch):
+    sizes, held, emptied = [], [], []
+
+    class Tensors:
+        pass
+
+    def generate(self: LlavaAdapter, prompts: Sequence[Prompt], settings: Any) -> list[str]:
+        assert sys.exc_info() == (None, None, None) and not any(tensors() for tensors in held)
+        batch = Tensors()
+        held.append(weakref.ref(batch))
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("too many")
+        return [f"answer {prompt.doc_id}" for prompt in prompts]
+
+    monkeypatch.setattr(LlavaAdapter, "_generate", generate)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(sizes)))
+    assert build(batch_size=7).generate_until(requests()) == [f"answer {number}" for number in range(7)]
+    assert sizes == [7, 3, 1, 2, 4, 2, 2] and emptied == [1, 2, 5]
 
 
 def test_a_model_that_always_fails_is_not_tried_for_ever(build, monkeypatch, counted):

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from llm2clip_eval.lmms_task import target_of
 from llm2clip_eval.paired_statistics import Paired, clusters_of
 from llm2clip_eval.task_metrics import items_with, measure
 
@@ -60,7 +61,6 @@ def vqa_docs(wrap: bool) -> Callable[[Draw], tuple[Docs, list[str]]]:
                 {
                     "question_id": n if wrap else str(n),
                     "question": "what is it?",
-                    "answer": answers[0],
                     "answers": people if wrap else answers,
                     "ocr_tokens": ["net"],
                 }
@@ -339,6 +339,20 @@ def test_the_sums_of_a_task_come_to_what_lmms_eval_prints(name, tmp_path, monkey
 def test_every_task_of_the_suite_without_a_judge_is_among_these():
     suite = yaml.safe_load((ROOT / "configs/eval/suites/no_judge.yaml").read_text(encoding="utf-8"))
     assert {row["task"] for row in suite["tasks"]} <= TASKS.keys()
+
+
+@pytest.mark.parametrize("name", ["vqav2_val", "textvqa_val", "textvqa_val_ocr", "vizwiz_vqa_val"])
+def test_targets_are_what_people_answered_where_lmms_eval_has_a_missing_columns_name(name, tmp_path, monkeypatch):
+    docs, _ = TASKS[name][2](drawn(np.random.default_rng(0)))
+    task = lmms_task(name, docs, tmp_path, monkeypatch)
+    targets = set()
+    for number, doc in enumerate(docs):
+        found = task.dataset_no_image[TASKS[name][1]][number]
+        sample = {"doc_id": number, "doc": found, "target": task.doc_to_target(found)}
+        assert sample["target"] == "answer"
+        targets.add(target := target_of(sample, task.config.doc_to_target))
+        assert json.loads(target) == [said["answer"] if name == "vqav2_val" else said for said in doc["answers"]]
+    assert len(targets) > 1
 
 
 def test_an_answer_that_is_neither_yes_nor_no_costs_accuracy_but_not_f1():

@@ -34,6 +34,14 @@ def test_ranks_and_figures_of_a_hand_computed_table():
     assert records[2] == {"id": "c", "label": 0, "prediction": 1, "rank": 1, "correct": False}
 
 
+def test_of_classes_with_one_text_the_first_is_found_and_other_ties_are_misses():
+    texts = np.array([0, 1, 0, 2])
+    scores = torch.tensor([[0.9, 0.1, 0.5]] * 2 + [[0.4, 0.4, 0.1]] * 2 + [[0.2, 0.2, 0.2]] * 4)[:, texts]
+    labels = np.array([0, 2, 0, 2, 0, 1, 2, 3])
+    assert label_ranks(scores, labels, texts).tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert label_ranks(scores, labels).tolist() == [1, 1, 2, 2, 3, 3, 3, 3]
+
+
 def test_a_class_without_images_does_not_count():
     assert accuracies(np.array([0, 1]), np.array([0, 7]))["mean_per_class_recall"] == 50.0
 
@@ -182,6 +190,16 @@ def test_the_stage_agrees_with_a_naive_loop(tmp_path, models, kind):
     hits = [item["correct"] for item in result["items"]]
     assert result["metrics"]["acc1"] == pytest.approx(100 * np.mean(hits))
     assert (result["num_images"], result["num_classes"]) == (9, 3)
+
+
+def test_a_repeated_class_name_counts_as_in_clip_benchmark(tmp_path, models):
+    data = write_class_folders(tmp_path / "data", {"n1": 3, "n2": 2})
+    names = tmp_path / "names.txt"
+    names.write_text("missile\nmissile\n")
+    result = classify(tmp_path / "out", models[0], sets={"a": {"path": str(data), "class_names": str(names)}})["a"]
+    assert [(item["prediction"], item["rank"]) for item in result["items"]] == [(0, 0)] * 3 + [(0, 1)] * 2
+    assert result["metrics"] == {"acc1": 60.0, "acc5": 100.0, "mean_per_class_recall": 50.0}
+    assert result["num_classes"] == 2 and result["class_names"] == ["missile", "missile"]
 
 
 def test_a_killed_run_keeps_its_results(tmp_path, models):

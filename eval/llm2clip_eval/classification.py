@@ -9,12 +9,15 @@ import numpy as np
 import torch
 
 
-def label_ranks(scores: torch.Tensor, labels: np.ndarray) -> np.ndarray:
+def label_ranks(scores: torch.Tensor, labels: np.ndarray, texts: np.ndarray | None = None) -> np.ndarray:
     """How many other classes score at least as high as the right one: a tie counts against it.
 
     Args:
         scores: (images, classes).
         labels: (images,).
+        texts: (classes,) numbers that are equal for classes which no model can tell apart, as their texts are the
+            same. Of such classes the first one is found, as by argmax: those after the right one do not count.
+            Default: no two are.
 
     Returns:
         (images,) int64; 0 is right.
@@ -25,7 +28,10 @@ def label_ranks(scores: torch.Tensor, labels: np.ndarray) -> np.ndarray:
     if not torch.isfinite(scores).all():
         raise ValueError("scores of classes are not finite; the model's features hold NaN or infinity")
     right = torch.from_numpy(labels)[:, None]
-    return ((scores >= scores.gather(1, right)).sum(dim=1) - 1).numpy()
+    classes = torch.arange(scores.shape[1])
+    same = classes if texts is None else torch.from_numpy(texts)
+    behind = (same == same[right]) & (classes >= right)  # (images, classes): the right class, and its twins after it
+    return ((scores >= scores.gather(1, right)) & ~behind).sum(dim=1).numpy()
 
 
 def accuracies(ranks: np.ndarray, labels: np.ndarray) -> dict[str, float]:

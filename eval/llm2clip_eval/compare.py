@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm2clip.config import StageCall, StageConfig, parse_stage
 from llm2clip.run_dir import MANIFEST, RunDir, atomic_write, fingerprint, read_manifest
+from llm2clip_eval.comparison import NOT_RECORDED, Comparison
 
 TYPE_CHECKING = False  # typing's own would not do: jsonargparse executes such blocks, and --help would import numpy
 if TYPE_CHECKING:
-    from llm2clip_eval.comparison import Comparison
     from llm2clip_eval.task_results import ArmRuns, TaskRun
 
 logger = logging.getLogger(__name__)
 
 COMPARISON = "comparison.json"
-EARLIER = ("trained", "pretrained")
-"""Settings of llava-bridge's stages that name the run before."""
+EARLIER = ("model", "trained", "pretrained")
+"""Settings of `llm2clip-eval lmms` and of llava-bridge's stages that name what the run before has made."""
+SEED = "seed"
+"""Last part of settings in which models of one recipe may differ."""
 
 
 @dataclass(kw_only=True)
@@ -131,7 +133,6 @@ def collect(config: CompareConfig) -> tuple[Comparison, list[TaskRun]]:
         FileNotFoundError: if a run is missing or not complete.
         ValueError: if runs do not belong together, or a metric cannot be resampled.
     """
-    from llm2clip_eval.comparison import Comparison
     from llm2clip_eval.task_differences import Settings, compare_arms
     from llm2clip_eval.task_results import align, load_arm
 
@@ -146,7 +147,7 @@ def collect(config: CompareConfig) -> tuple[Comparison, list[TaskRun]]:
         logger.info("compare: %s against %s in %d tasks", candidate.label, baseline.label, len(baseline.tasks))
         found.append(compare_arms(baseline, candidate, settings, config.metrics))
     arms = [baseline, *candidates]
-    recipes = [recipe(_model_of(_runs(arm)[0])) for arm in arms]
+    recipes = [recipe(arm) for arm in arms]
     comparison = Comparison(
         title=config.title,
         baseline=baseline.name,
@@ -165,32 +166,53 @@ def collect(config: CompareConfig) -> tuple[Comparison, list[TaskRun]]:
     return comparison, [run for arm in arms for run in _runs(arm)]
 
 
-def recipe(model: Path) -> dict[str, str]:
+def recipe(arm: ArmRuns) -> dict[str, str]:
+    """How the models of an arm were made: setting to value; the values of all training seeds where they differ."""
+    found = [recipe_of(run.directory) for run in {run.model_fingerprint: run for run in _runs(arm)}.values()]
+    names = {name for of_model in found for name in of_model}
+    return {name: "; ".join(sorted({of_model.get(name, "–") for of_model in found})) for name in names}
+
+
+def recipe_of(answers: Path) -> dict[str, str]:
     """How a LLaVA was made: the settings of its export and of the stages before it, and what they read.
 
     Args:
-        model: of `llava-bridge export`, or any other directory or hub id, of which nothing more is known.
+        answers: run directory of `llm2clip-eval lmms`; each run names the one before it.
+
+    Returns:
+        Setting to value, without seeds. Where the run before is not there or no longer what was read, the recipe ends
+        with a setting marked `NOT_RECORDED`, whose value has the fingerprint of what was read.
     """
-    found = {}
-    for manifest in _stages(model):
-        stage = manifest["stage"]
+    found: dict[str, str] = {}
+    manifest: Mapping[str, Any] = read_manifest(answers)
+    while before := next((name for name in EARLIER if manifest["settings"].get(name)), None):
+        path, was = manifest["settings"][before], manifest["inputs"][before]
+        maker = _maker(Path(path), was)
+        if isinstance(maker, str):
+            return found | {f"{manifest['stage']}: {before} {NOT_RECORDED}": f"{path}: {maker} ({was[:12]})"}
+        manifest, stage = maker, maker["stage"]
         for name, value in manifest["settings"].items():
-            if name not in EARLIER:
+            if name not in EARLIER and name.rpartition(".")[2] != SEED:
                 found[f"{stage}: {name}"] = str(value)
         for name, digest in manifest["inputs"].items():
             if name not in EARLIER:
                 found[f"{stage}: content of {name}"] = digest[:12]
-    return found or {"model": str(model)}
+    return found
 
 
-def _stages(model: Path) -> Iterator[Mapping[str, Any]]:
-    """Manifests of the run that holds a model and of those before it, as far as they are still there."""
-    following = next((path for path in (model, model.parent) if (path / MANIFEST).is_file()), None)
-    while following is not None and (following / MANIFEST).is_file():
-        manifest = read_manifest(following)
-        yield manifest
-        earlier = [manifest["settings"][name] for name in EARLIER if manifest["settings"].get(name)]
-        following = Path(earlier[0]) if earlier else None
+def _maker(path: Path, digest: str) -> Mapping[str, Any] | str:
+    """Manifest of the run that made what is at `path`, or why it cannot be told.
+
+    Args:
+        path: a run directory, or the model in it.
+        digest: fingerprint of what was read from there.
+    """
+    run = next((place for place in (path, path.parent) if (place / MANIFEST).is_file()), None)
+    if not path.exists():
+        return "not found"
+    if run is None:
+        return "of no complete run"
+    return read_manifest(run) if fingerprint(path) == digest else "changed since"
 
 
 def differences(baseline: Mapping[str, str], candidate: Mapping[str, str]) -> tuple[tuple[str, str, str], ...]:
@@ -260,10 +282,6 @@ def _p(value: float) -> str:
 
 def _runs(arm: ArmRuns) -> list[TaskRun]:
     return [run for runs in arm.tasks.values() for run in runs]
-
-
-def _model_of(run: TaskRun) -> Path:
-    return Path(read_manifest(run.directory)["settings"]["model"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

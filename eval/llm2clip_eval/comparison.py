@@ -14,6 +14,8 @@ Judge = Literal["llm", "server"]
 """Who scores a task's answers if lmms-eval cannot do so by itself."""
 Test = Literal["exact McNemar", "sign-flip permutation", "cluster bootstrap"]
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
+NOT_RECORDED = "(not recorded)"
+"""Ends the name of a setting that stands for a run of which nothing more is known: it is gone, or another one now."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Comparison:
     single_seed: bool
     """Whether some model was trained only once: intervals then do not cover the noise of training."""
     recipe_differences: Mapping[str, tuple[tuple[str, str, str], ...]]
-    """For each candidate what its models were made with that the baseline's were not: setting, baseline, candidate."""
+    """For each candidate what its models were made with that the baseline's were not: setting, baseline, candidate.
+    Values of several training seeds are in one, seeds themselves left out."""
     provenance: tuple[Mapping[str, Any], ...]
     """One row per run: `label`, `name`, `seed`, `model_fingerprint`, `directory`, `minutes`, `commit`, `machine` and
     `versions` (a mapping from package to version)."""

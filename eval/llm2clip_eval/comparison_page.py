@@ -12,15 +12,13 @@ from pathlib import Path
 from llm2clip.run_dir import atomic_write
 from llm2clip_eval import comparison_figures, flips, report_html
 from llm2clip_eval import comparison_tables as tables
-from llm2clip_eval.comparison import CandidateComparison, Comparison, TaskDifference
+from llm2clip_eval.comparison import NOT_RECORDED, CandidateComparison, Comparison, TaskDifference
 from llm2clip_eval.comparison_tables import number, printable, probability, signed
 from llm2clip_eval.task_results import TaskRun
 
 FLIPS_PER_TASK = 6
 TOWER = re.compile(r"(^|[^a-z_])(vision_)?tower($|[^a-z_])")
 """Settings and inputs that name a vision tower, such as `finetune: content of tower`, not `tune.tower_lr`."""
-UNKNOWN = "model"
-"""All that is known of how a model was made if no run made it."""
 MAX_NAMED = 6
 """Tasks that a sentence lists by name."""
 
@@ -178,10 +176,10 @@ def recipe_warnings(comparison: Comparison) -> list[str]:
     warnings = []
     for candidate in comparison.candidates:
         changed = comparison.recipe_differences.get(candidate.name, ())
-        if any(setting == UNKNOWN for setting, _, _ in changed):
+        if any(setting.endswith(NOT_RECORDED) for setting, _, _ in changed):
             warnings.append(
-                f"How {candidate.label} or {comparison.baseline_label} was made is not recorded, so it is not known "
-                "whether they differ only in the vision tower."
+                f"How {candidate.label} or {comparison.baseline_label} was made is not recorded in full, so it is not "
+                "known whether they differ only in the vision tower. See “What differs”."
             )
         elif further := [setting for setting, _, _ in changed if not is_tower(setting)]:
             named = ", ".join(further[:MAX_NAMED]) + (" …" if len(further) > MAX_NAMED else "")

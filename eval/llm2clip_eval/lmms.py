@@ -127,11 +127,13 @@ def inputs(call: StageCall[LmmsConfig]) -> dict[str, str]:
     config = call.config
     rows = [asdict(row) for row in load_suite(config.suite, config.tasks)]
     found = {"model": fingerprint(config.model), "suite": _digest(rows)}
-    for directory in config.include:
+    for place, directory in enumerate(config.include):
         if not directory.is_dir():
             raise FileNotFoundError(f"include: {directory} does not exist; expected a directory of task YAMLs")
-        files = sorted(file for kind in ("*.yaml", "*.py") for file in directory.rglob(kind))
-        found[f"include.{directory.name}"] = _digest([[file.name, fingerprint(file)] for file in files])
+        # All of them: templates that YAMLs include have any name, mostly without .yaml.
+        files = [file for file in directory.rglob("*") if file.is_file() and file.parent.name != "__pycache__"]
+        digests = {file.relative_to(directory).as_posix(): fingerprint(file) for file in files}
+        found[f"include.{place}"] = _digest(digests)
     for pattern, path in config.data.items():
         try:
             found[f"data.{pattern}"] = fingerprint(path)

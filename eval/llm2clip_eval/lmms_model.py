@@ -2,21 +2,25 @@
 
     lmms-eval --model llm2clip_llava --model_args pretrained=DIRECTORY --tasks pope_adv --device cuda --batch_size 16
 
-Requests are answered in batches of consecutive documents, whatever the answers of an earlier run: a resumed run forms
-the same batches. With a `ResponseStore` every response is on disk as soon as it is there, and what is there is not
-asked again. A request that fails is recorded as such, and the call raises after the others: lmms-eval never gets an
-empty string in the place of an error.
+Requests are answered in batches of consecutive documents. With a `ResponseStore` every response is on disk before the
+next batch is asked, under a key of all that it depends on. In low precision that is its batch, too: of one that is not
+all there every request is asked again, and what is there stays. So a killed run ends with the responses of one that
+was not, unless a batch failed and was divided. A request that fails is recorded as such, and the call raises after
+the others: lmms-eval never gets an empty string in the place of an error.
+
+Where a task states no stop string lmms-eval's command line fills in a blank line, which is heeded; see
+`lmms_tasks.load_task`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from PIL import Image
 
 from llm2clip.run_dir import atomic_path
 from llm2clip_eval.answerer import LOG_SECONDS, load_llava
-from llm2clip_eval.response_store import Response, ResponseStore, digest
+from llm2clip_eval.response_store import Response, ResponseStore, describe_document, digest, image_digest
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Prompt:
     digests: tuple[str, ...]
     """Of the images' pixels, 32 hex digits each."""
     key: str
+    """Of all that the answer depends on but the rest of its batch."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class LlavaAdapter(lmms):
         device: such as cuda:1; None takes this process's GPU, or the CPU.
         dtype: of the weights, such as bfloat16.
         store: where responses are kept and looked for; None keeps none.
-        identity: what a stored response depends on beside the request, above all the fingerprint of the model's files.
+        identity: what a response depends on beside its batch and what is said here, above all the model's fingerprint.
         thumbnails: directory for small copies of the pictures; None writes none.
         name: of this work, for the log.
 
@@ -107,9 +112,14 @@ class LlavaAdapter(lmms):
         self.device = torch.device(device)
         self.batch_size = int(batch_size)
         self.asked: dict[int, Asked] = {}
-        self._dtype = dtype
         self._store = store
-        self._identity = dict(identity or {})
+        self._identity = {
+            **(identity or {}),
+            "dtype": dtype,
+            "device": self.device.type,
+            "image_processor": type(self.processor.image_processor).__name__,
+            **{name: version(name) for name in ("torch", "transformers")},
+        }
         self._thumbnails = thumbnails
         self._name = name
 
@@ -167,40 +177,36 @@ class LlavaAdapter(lmms):
                 yield settings, group[start : start + self.batch_size]
 
     def _batch(self, requests: Sequence[Instance], settings: Mapping[str, Any]) -> tuple[list[Response], int]:
-        """Responses to a batch, and how many of them are new."""
+        """Responses to a batch, and how many requests were asked for them: all, or none."""
         found: dict[int, Response] = {}
-        todo: list[tuple[int, Prompt]] = []
+        prompts: dict[int, Prompt] = {}
         for place, request in enumerate(requests):
             try:
-                prompt = self._prompt(request, settings)
+                prompts[place] = self._prompt(request, settings)
             except Exception as error:  # recorded; the call raises in the end
                 arguments: Any = request.args
                 key = digest([self._identity, arguments[3], "no prompt"])
                 found[place] = self._keep(Response(key, arguments[3], None, _message(error), 0.0))
-                continue
-            known = self._store.find(prompt.key) if self._store is not None else None
-            if known is None:
-                todo.append((place, prompt))
-            else:
-                found[place] = self._note(prompt, known)
-        if todo:
+        batch = [prompt.key for prompt in prompts.values()]
+        keys = {place: digest([prompt.key, batch]) for place, prompt in prompts.items()}
+        if self._store is not None:
+            found |= {place: known for place, key in keys.items() if (known := self._store.find(key)) is not None}
+        missing = [place for place in prompts if place not in found]
+        if missing:
             begun = time.monotonic()
-            outcomes = self._answer([prompt for _, prompt in todo], settings)
-            seconds = (time.monotonic() - begun) / len(todo)
-            for (place, prompt), outcome in zip(todo, outcomes, strict=True):
-                text, error = (None, _message(outcome)) if isinstance(outcome, Exception) else (outcome, None)
-                kept = self._keep(Response(prompt.key, prompt.doc_id, text, error, round(seconds, 4)))
-                found[place] = self._note(prompt, kept)
-        return [found[place] for place in range(len(requests))], len(todo)
+            answers = dict(zip(prompts, self._answer([*prompts.values()], settings), strict=True))
+            seconds = round((time.monotonic() - begun) / len(prompts), 4)
+            for place in missing:
+                response = Response(keys[place], prompts[place].doc_id, *answers[place], seconds)
+                found[place] = self._keep(response)
+        for place, prompt in prompts.items():
+            self._save_thumbnails(prompt)
+            self.asked[prompt.doc_id] = Asked(prompt.question, digest(prompt.text), prompt.digests, found[place])
+        return [found[place] for place in range(len(requests))], len(prompts) if missing else 0
 
     def _keep(self, response: Response) -> Response:
         if self._store is not None:
             self._store.append(response)
-        return response
-
-    def _note(self, prompt: Prompt, response: Response) -> Response:
-        self._save_thumbnails(prompt)
-        self.asked[prompt.doc_id] = Asked(prompt.question, digest(prompt.text), prompt.digests, response)
         return response
 
     def _prompt(self, request: Instance, settings: Mapping[str, Any]) -> Prompt:
@@ -232,19 +238,25 @@ class LlavaAdapter(lmms):
                 f"{text!r}"
             )
         digests = tuple(image_digest(image) for image in images)
-        parts = {"identity": self._identity, "dtype": self._dtype, "generation": settings}
+        parts = {"identity": self._identity, "generation": settings}
         key = digest({**parts, "document": describe_document(document), "prompt": text, "images": digests})
         return Prompt(doc_id, "".join(texts), text, images, digests, key)
 
-    def _answer(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[str | Exception]:
-        """Answers; of a batch that fails, one by one, with the error in the place of an answer."""
+    def _answer(
+        self, prompts: Sequence[Prompt], settings: Mapping[str, Any]
+    ) -> list[tuple[str, None] | tuple[None, str]]:
+        """A text or what went wrong for each; a batch that fails is asked in halves, down to one by one."""
         try:
-            return [*self._generate(prompts, settings)]
+            return [(text, None) for text in self._generate(prompts, settings)]
         except Exception as error:  # recorded; generate_until raises in the end
-            if len(prompts) == 1:
-                return [error]
-            logger.warning("%s: a batch failed, its requests are asked one by one: %s", self._name, _message(error))
-            return [outcome for prompt in prompts for outcome in self._answer([prompt], settings)]
+            message = _message(error)
+        # Out here, for the exception held the batch's tensors, and memory may be what was wanting.
+        torch.cuda.empty_cache()
+        if len(prompts) == 1:
+            return [(None, message)]
+        logger.warning("%s: %d requests failed, now in halves: %s", self._name, len(prompts), message)
+        half = len(prompts) // 2
+        return [*self._answer(prompts[:half], settings), *self._answer(prompts[half:], settings)]
 
     def _generate(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[str]:
         bos = self.processor.tokenizer.bos_token
@@ -298,22 +310,6 @@ def cut(text: str, until: Sequence[str]) -> str:
     """A text up to the first of some stop strings."""
     ends = [text.find(stop) for stop in until if stop and stop in text]
     return text[: min(ends)].rstrip() if ends else text
-
-
-def image_digest(image: Image.Image) -> str:
-    """32 hex digits that tell an image's pixels from those of others, whatever file they came from."""
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:32]
-
-
-def describe_document(document: Mapping[str, Any]) -> dict[str, str]:
-    """A document without its media, as text."""
-    return {name: repr(value) for name, value in document.items() if not _is_media(value)}
-
-
-def _is_media(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_is_media(item) for item in value)
-    return not isinstance(value, (str, int, float, bool, dict, type(None)))
 
 
 def _rgb(picture: Any) -> Image.Image:

@@ -1,7 +1,8 @@
 """One model, one task: what a child process of `llm2clip-eval lmms` does.
 
 lmms-eval's Python API runs the task, `LlavaAdapter` answers. `tasks/<task>.json` is written only if the task is whole:
-every document there once, none failed, hardly any empty response, every score finite.
+every document there once, none failed, hardly any empty response, every score finite, every answer judged that a judge
+scores.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FILTER = "none"
 """What lmms-eval calls answers that are scored as they are."""
+NO_JUDGE = ("", "Failed Request")
+"""What MM-Vet (with a score of 0) and LLaVA-Bench call the judge when it could not be asked."""
 
 
 def run_task(call: TaskCall) -> None:
@@ -114,6 +117,7 @@ def task_record(
 
     Raises:
         ValueError: if something is missing, too many responses are empty, or a score is not finite.
+        RuntimeError: if the judge failed.
     """
     name, documents = call.task.task, sorted(asked)
     if documents != list(range(num_items)):
@@ -136,7 +140,14 @@ def task_record(
     scores, samples = _by_document(results["samples"][name], kept)
     if sorted(samples) != documents:
         raise ValueError(f"lmms-eval scored {len(samples)} of {num_items} documents")
-    items = [_item(number, asked[number], samples[number], scores[number], call.task.category) for number in documents]
+    if call.task.judge == "llm":
+        _check_judge({number: scores[number].get(str(call.task.metric)) for number in documents})
+    targets = {number: target_of(samples[number], task.config.doc_to_target) for number in documents}
+    category = call.task.category
+    items = [
+        _item(number, asked[number], samples[number], targets[number], scores[number], category)
+        for number in documents
+    ]
     return {
         "task": name,
         "arm": call.arm,
@@ -191,12 +202,44 @@ def _by_document(
     return scores, first
 
 
+def _check_judge(records: Mapping[int, Any]) -> None:
+    """Refuse answers without a verdict, which lmms-eval scores 0 or, as LLaVA-Bench, -1 for both sides."""
+    failed = [
+        number
+        for number, record in records.items()
+        if isinstance(record, Mapping)
+        and (record.get("eval_model") in NO_JUDGE or any(points < 0 for points in record.get("scores", ())))
+    ]
+    if failed:
+        raise RuntimeError(
+            f"the judge failed on {len(failed)} of {len(records)} answers, first on that to document {failed[0]}; run "
+            "the same command again when it can be asked: the responses are kept"
+        )
+
+
+def target_of(sample: Mapping[str, Any], source: Any) -> str:
+    """What the answer should be.
+
+    VQAv2, TextVQA and VizWiz have `doc_to_target: answer`, a column that is not there, of which lmms-eval makes the
+    target "answer" for all documents: here it is what people answered.
+    """
+    document, target = sample["doc"], sample["target"]
+    is_absent = isinstance(source, str) and source not in document and target == source
+    if is_absent and document.get("answers") is not None:
+        target = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in document["answers"]]
+    return target if isinstance(target, str) else json.dumps(_plain(target, sample["doc_id"]))
+
+
 def _item(
-    number: int, asked: Asked, sample: Mapping[str, Any], scores: Mapping[str, Any], category: str | None
+    number: int,
+    asked: Asked,
+    sample: Mapping[str, Any],
+    target: str,
+    scores: Mapping[str, Any],
+    category: str | None,
 ) -> dict[str, Any]:
     if not scores:
         raise ValueError(f"lmms-eval gave document {number} no score")
-    target = sample["target"] if isinstance(sample["target"], str) else json.dumps(_plain(sample["target"], number))
     return {
         "doc_id": number,
         "item": digest([asked.question, target, asked.images]),

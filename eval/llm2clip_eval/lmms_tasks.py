@@ -37,7 +37,12 @@ def load_task(name: str, include: Sequence[Path], data: Path | None = None) -> C
         FileNotFoundError: if the data are not there.
         ValueError: if there is no such task, or it is a group.
     """
-    config = with_local_data(task_config(name, include), data) if data is not None else task_config(name, include)
+    config = task_config(name, include)
+    if data is not None:
+        config = with_local_data(config, data)
+    # Where a task states no stop string lmms-eval fills in the blank line of few-shot prompts. Its own LLaVA models
+    # heed none; ours would end MM-Vet's long answers at the first paragraph.
+    config["generation_kwargs"] = {"until": [], **(config.get("generation_kwargs") or {})}
     try:
         return ConfigurableMessagesTask(config=config, model_name=MODEL_ID)
     except RetryError as error:  # lmms-eval tries five times; what went wrong is inside
@@ -69,12 +74,13 @@ def with_local_data(config: Mapping[str, Any], data: Path) -> dict[str, Any]:
     Args:
         config: of the task.
         data: what stands for the task's data set. A file (parquet, json, jsonl, csv or arrow); a directory written by
-            `DatasetDict.save_to_disk`; a snapshot of the hub's repository; a directory of files named after the split.
+            `DatasetDict.save_to_disk`; a snapshot of the hub's repository; a directory of files named after the split,
+            such as test.parquet or test-0.parquet, below a directory named after the configuration if there is one.
             For a task that names files, the directory that holds them.
 
     Raises:
         FileNotFoundError: if there is nothing at `data`.
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or files of the split are in several directories.
     """
     if not data.exists():
         raise FileNotFoundError(f"{data} does not exist; expected a local copy of the data")
@@ -91,7 +97,7 @@ def with_local_data(config: Mapping[str, Any], data: Path) -> dict[str, Any]:
     elif (data / "README.md").is_file():  # as on the hub: its header names configurations
         source = {"dataset_path": str(data), "dataset_name": config.get("dataset_name"), "dataset_kwargs": {}}
     else:
-        source = _split_files(data, str(split))
+        source = _split_files(data, str(split), config.get("dataset_name"))
     local = {**config, "dataset_name": None, **source}
     process = config.get("process_docs")
     if process is not None and process.__name__ in FETCH_IMAGES and _has_images(local, str(split)):
@@ -120,10 +126,18 @@ def _moved(files: Any, directory: Path) -> Any:
     return str(file)
 
 
-def _split_files(data: Path, split: str) -> dict[str, Any]:
+def _split_files(data: Path, split: str, name: str | None) -> dict[str, Any]:
+    if name is not None and (data / name).is_dir():
+        data = data / name
     for suffix, builder in BUILDERS.items():
-        if files := sorted(str(file) for file in data.rglob(f"{split}*{suffix}")):
-            return {"dataset_path": builder, "dataset_kwargs": {"data_files": {split: files}}}
+        # Not "test*", which takes testdev-*.
+        if files := sorted(file for end in ("", "-*") for file in data.rglob(f"{split}{end}{suffix}")):
+            if len(directories := sorted({str(file.parent) for file in files})) > 1:
+                raise ValueError(
+                    f"{data} holds data of split {split} in several directories, {', '.join(directories)}; name "
+                    "the one that is meant"
+                )
+            return {"dataset_path": builder, "dataset_kwargs": {"data_files": {split: list(map(str, files))}}}
     raise ValueError(
         f"{data} holds no data of split {split}; expected files such as {split}.parquet, or a saved dataset"
     )

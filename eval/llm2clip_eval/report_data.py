@@ -127,6 +127,27 @@ def check_same_queries(arms: Sequence[ArmResults]) -> None:
                             f"pool {pool}: {part} of {arm.name} (seed {record['seed']}) is not that of {first.name}; "
                             "the pool changed in between, run llm2clip-eval retrieval again for both"
                         )
+                ours, theirs = (", ".join(recall_names(one)) for one in (record, expected[0]))
+                if ours != theirs:
+                    raise ValueError(
+                        f"pool {pool}: {arm.name} (seed {record['seed']}) has {ours}, {first.name} {theirs}; run "
+                        "llm2clip-eval retrieval with the same ks for both"
+                    )
+
+
+def seed_note(arms: Sequence[ArmResults]) -> str:
+    """Says which arms were trained only once, and what that means; empty if none was."""
+    once = [arm.label for arm in arms if arm.num_seeds == 1]
+    if len(once) == len(arms):
+        return "One training seed per arm: the intervals cover the choice of test images, not training noise."
+    return (
+        f"Trained once: {' and '.join(once)}. The intervals do not cover the noise of that training." if once else ""
+    )
+
+
+def recall_names(record: Mapping[str, Any]) -> list[str]:
+    """Names of the recalls that a result of retrieval has in every direction, such as R@1 and R@5, by their k."""
+    return sorted(record["recall"]["mean"], key=lambda name: int(name.removeprefix("R@")))
 
 
 def pool_facts(arms: Sequence[ArmResults], key: Key, note: str) -> PoolFacts:
@@ -134,8 +155,8 @@ def pool_facts(arms: Sequence[ArmResults], key: Key, note: str) -> PoolFacts:
     record = arms[0].records[key][0]
     columns = {
         (direction, k): [arm.recall(key, direction, k) for arm in arms]
-        for direction, recall in record["recall"].items()
-        for k in recall
+        for direction in record["recall"]
+        for k in recall_names(record)
     }
     scores = []
     for row, arm in enumerate(arms):

@@ -1,9 +1,9 @@
 """Responses of one model to one task, on disk as soon as they are there.
 
 One JSON object a line, appended and synced one by one: after a kill -9 at most the last line is torn, and it is
-dropped when the file is opened again. A response is found by its key, which is made of everything that it depends on,
-the content of the model's files included: other weights at the same path, another prompt or other settings find
-nothing.
+dropped when the file is opened again. A response is found by its key, which `LlavaAdapter` makes of everything that
+it depends on, the content of the model's files and the rest of its batch included: other weights at the same path,
+another prompt, other settings or another torch find nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ def digest(value: Any) -> str:
     """SHA-256 of a value of JSON types, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def image_digest(image: Image.Image) -> str:
+    """32 hex digits that tell an image's pixels from those of others, whatever file they came from."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:32]
+
+
+def describe_document(document: Mapping[str, Any]) -> dict[str, str]:
+    """A document without its media, as text."""
+    return {name: repr(value) for name, value in document.items() if not _is_media(value)}
 
 
 class ResponseStore:
@@ -99,6 +111,12 @@ class ResponseStore:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path}, line {number} is no response ({error}); delete the file") from error
         return found
+
+
+def _is_media(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_is_media(item) for item in value)
+    return not isinstance(value, (str, int, float, bool, dict, type(None)))
 
 
 def _response(row: Mapping[str, Any]) -> Response:

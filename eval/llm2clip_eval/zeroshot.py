@@ -5,7 +5,8 @@ Reads a CLIP directory (LLM2CLIPModel with its teacher, or a stock CLIP or SigLI
 got.
 
 A class is the normalised mean of the normalised features of its name in all templates (open_clip's
-`build_zero_shot_classifier`).
+`build_zero_shot_classifier`). Of classes with one name (ImageNet has "missile" and "sunglasses" twice) the first is
+found, as by CLIP_benchmark's argmax; every other tie is a miss, so that a model which tells nothing apart scores zero.
 """
 
 from __future__ import annotations
@@ -136,18 +137,22 @@ def classify(encoder: DualEncoder, data: ZeroShotSet, config: ZeroShotConfig) ->
     Returns:
         `metrics`, `class_names`, `templates`, and `items`, a record for each image.
     """
+    import numpy as np
+
     from llm2clip_eval.classification import accuracies, image_records, label_ranks
     from llm2clip_eval.classification_data import open_labelled, read_templates
     from llm2clip_eval.feature_cache import projected_features
 
     images = open_labelled(data.path, split=data.split, class_names=data.class_names)
     templates = read_templates(data.templates, data.path)
-    classifier = class_features(encoder, images.class_names, templates).cpu()
+    # A name is encoded and scored once, so that its classes tie exactly: rounding would let any of them win.
+    names, texts = np.unique(images.class_names, return_inverse=True)
+    classifier = class_features(encoder, names.tolist(), templates).cpu()
     features = projected_features(
         encoder, images, batch_size=config.batch_size, num_workers=config.num_workers, cache=config.feature_cache
     )
-    scores = features @ classifier.T  # (images, classes)
-    ranks = label_ranks(scores, images.labels)
+    scores = (features @ classifier.T)[:, texts]  # (images, classes)
+    ranks = label_ranks(scores, images.labels, texts)
     return {
         "num_images": len(images),
         "num_classes": len(images.class_names),
