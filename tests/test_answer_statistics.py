@@ -89,6 +89,22 @@ def test_models_that_disagree_widen_the_interval_unless_they_do_so_alike():
     assert np.ptp(together[1:]) < 0.3 * np.ptp(bootstrap.difference("sees", "blind")[1:])
 
 
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_intervals_cover_the_noise_of_training(num_seeds):
+    rng = np.random.default_rng(7)
+    missed = np.zeros(3)
+    for seed in range(400):
+        levels = 0.5 + 0.08 * rng.standard_normal((2, num_seeds))  # what training adds, from run to run
+        ours, theirs = (np.concatenate([answers(rng, level, 150) for level in of_arm]) for of_arm in levels)
+        blind = np.where(rng.random(ours.shape) < 0.3 + 0.1 * rng.standard_normal((num_seeds, 1)), 0, ours)
+        scores = {"ours": ours, "theirs": theirs, "blind": blind}
+        bootstrap = ClusterBootstrap(scores, np.arange(150), num_resamples=400, seed=seed)
+        found = bootstrap.mean("ours"), bootstrap.difference("ours", "theirs")
+        over_blind = bootstrap.difference("ours", "blind", same_models=True)
+        missed += [not e.low <= t <= e.high for e, t in zip((*found, over_blind), (0.5, 0, 0.15), strict=True)]
+    assert (missed <= scipy.stats.binom.ppf(0.999, 400, 0.05)).all()
+
+
 def test_the_same_seed_gives_the_same_interval():
     scores = answers(np.random.default_rng(6), 0.5, 80)
     first, again, other = (

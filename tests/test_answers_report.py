@@ -261,6 +261,9 @@ def test_several_seeds_are_averaged_and_said(settings, tmp_path, pools):
     assert found["strong"]["accuracy"]["value"] == pytest.approx(np.mean(means))
     width = {name: arm["accuracy"]["high"] - arm["accuracy"]["low"] for name, arm in found.items()}
     assert width["strong"] > 1.5 * width["weak"]
+    again = write_answers(tmp_path / "weak-1", pools, {**levels, "count": 0.5}, levels, 1)
+    settings["arms"]["weak"]["results"].append(str(again))
+    output_dir = make_report({**settings, "output_dir": str(tmp_path / "several")})
     text = Page((output_dir / "report.html").read_text()).text
     assert "One training seed" not in text and "several training seeds" in text
 

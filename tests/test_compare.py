@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ import pytest
 import yaml
 from lmms_results import item, matched, pope, record, write_run
 
-from llm2clip.run_dir import RunDir
-from llm2clip_eval import compare, task_differences
+from llm2clip.run_dir import RunDir, fingerprint
+from llm2clip_eval import compare, comparison_page, task_differences
 from llm2clip_eval.comparison import Comparison
 from llm2clip_eval.task_differences import Settings
 
@@ -96,10 +97,11 @@ def test_a_model_against_itself_differs_by_exactly_zero_in_everything(tmp_path):
 
 def test_the_same_answers_of_another_model_are_no_proof_of_equivalence_in_a_small_task(tmp_path):
     runs = [write_run(tmp_path / arm, suite(np.random.default_rng(0)), arm=arm) for arm in ("clip", "llm2clip")]
-    for task in collect(tmp_path, runs[:1], llm2clip=runs[1]).candidates[0].tasks:
+    comparison, _ = collected(tmp_path, runs[:1], {"num_resamples": 4000}, llm2clip=runs[1])
+    for task in comparison.candidates[0].tasks:
         assert (task.difference, task.low, task.high, task.p) == (0, 0, 0, 1)
         assert task.verdict == "undecided"
-        assert task.equivalence_p == pytest.approx(0.99**task.num_clusters)
+        assert task.equivalence_p == pytest.approx(0.99**task.num_clusters, abs=0.03)
         share = task.mde / (100 * task.margin)  # the margin is 1 % of the range
         assert (1 - share) ** task.num_clusters == pytest.approx(0.2)
 
@@ -322,27 +324,32 @@ def finished(directory: Path, stage: str, settings: dict[str, Any], inputs: dict
     call = StageCall(StageConfig(output_dir=directory), None, {"output_dir": str(directory), **settings})
     with RunDir(call, stage=stage, inputs=inputs) as run:
         (directory / "model").mkdir()
-        (directory / "model" / "config.json").write_text(stage)
+        (directory / "model" / "config.json").write_text(json.dumps(settings))
         run.finish(["model"])
     return directory
 
 
+def llava(home: Path, name: str, rate: float = 1e-4, seed: int = 0) -> Path:
+    """Answers of a model that llava-bridge's three stages have made below `home`."""
+    parts = {"tower": f"towers/{name}", "llm": "llms/tiny"}
+    digests = {"tower": name.ljust(64, "0"), "llm": "5" * 64, "data": "6" * 64}
+    training = {"learning_rate": 1e-3, "seed": seed}
+    pretrain = finished(home / "pretrain", "pretrain", {**parts, "training": training}, digests)
+    finetune = finished(
+        home / "finetune",
+        "finetune",
+        {**parts, "pretrained": str(pretrain), "training": {**training, "learning_rate": rate}},
+        {**digests, "pretrained": fingerprint(pretrain)},
+    )
+    settings = {"trained": str(finetune), "dtype": "float32"}
+    model = finished(home / "export", "export", settings, {"trained": fingerprint(finetune)}) / "model"
+    answered = [record("a", matched([1.0, 0.0] * 10))]
+    return write_run(home / "lmms", answered, arm=name, seed=seed, model=model, fingerprint=fingerprint(model))
+
+
 def test_only_the_tower_differs_between_two_recipes_and_the_report_says_what_else_does(tmp_path):
-    runs = []
-    for name, rate in (("clip", 1e-4), ("llm2clip", 1e-4), ("careless", 2e-4)):
-        tower = {"tower": f"towers/{name}", "llm": "llms/tiny"}
-        digests = {"tower": name.ljust(64, "0"), "llm": "5" * 64, "data": "6" * 64}
-        home = tmp_path / name
-        pretrain = finished(home / "pretrain", "pretrain", {**tower, "training": {"learning_rate": 1e-3}}, digests)
-        finetune = finished(
-            home / "finetune",
-            "finetune",
-            {**tower, "pretrained": str(pretrain), "training": {"learning_rate": rate}},
-            {**digests, "pretrained": name * 5},
-        )
-        export = finished(home / "export", "export", {"trained": str(finetune), "dtype": "float32"}, {"trained": name})
-        items = [record("a", matched([1.0, 0.0] * 10))]
-        runs.append(write_run(home / "lmms", items, arm=name, model=export / "model"))
+    rates = {"clip": 1e-4, "llm2clip": 1e-4, "careless": 2e-4}
+    runs = [llava(tmp_path / name, name, rate) for name, rate in rates.items()]
     found = collect(tmp_path, [runs[0]], llm2clip=runs[1], careless=runs[2]).recipe_differences
     assert found["llm2clip"] == (
         ("finetune: content of tower", "clip00000000", "llm2clip0000"),
@@ -419,3 +426,48 @@ def test_help_needs_neither_torch_nor_lmms_eval():
     )
     for stage in ("compare", "gate"):
         assert subprocess.run([sys.executable, "-c", code.format(stage)], capture_output=True).returncode == 0
+
+
+def test_every_training_seed_of_a_recipe_counts_and_seeds_are_no_part_of_it(tmp_path):
+    clip = [llava(tmp_path / f"clip{seed}", "clip", seed=seed) for seed in (0, 1)]
+    llm2clip = [llava(tmp_path / f"llm2clip{seed}", "llm2clip", rate, seed) for seed, rate in ((0, 1e-4), (2, 2e-4))]
+    found = collect(tmp_path, clip, llm2clip=llm2clip).recipe_differences["llm2clip"]
+    assert [row for row in found if not comparison_page.is_tower(row[0])] == [
+        ("finetune: training.learning_rate", "0.0001", "0.0001; 0.0002")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "path", "reason"),
+    [
+        ("finetune: pretrained", "pretrain", "not found"),
+        ("export: trained", "finetune", "changed since"),
+        ("lmms: model", "export/model", "of no complete run"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_to_its_start_is_said_to_be_unknown(tmp_path, setting, path, reason):
+    runs = {name: llava(tmp_path / name, name) for name in ("clip", "llm2clip")}
+    home = tmp_path / "llm2clip"
+    read = fingerprint(home / path)
+    if reason == "not found":
+        shutil.rmtree(home / "pretrain")
+    elif reason == "changed since":  # trained again in place
+        shutil.rmtree(home / "finetune")
+        finished(home / "finetune", "finetune", {"training": {"learning_rate": 5e-4}}, {})
+    else:
+        (home / "export" / "manifest.json").unlink()
+    comparison = collect(tmp_path, [runs["clip"]], llm2clip=runs["llm2clip"])
+    rows = {name: (theirs, ours) for name, theirs, ours in comparison.recipe_differences["llm2clip"]}
+    assert rows[f"{setting} (not recorded)"] == ("–", f"{home / path}: {reason} ({read[:12]})")
+    assert "0.0005" not in json.dumps(rows)
+    (warning,) = comparison_page.recipe_warnings(comparison)
+    assert warning.startswith("How llm2clip or CLIP was made is not recorded in full")
+
+
+def test_two_models_of_unknown_origin_are_not_said_to_be_alike(tmp_path):
+    items = [record("a", matched([1.0, 0.0] * 10))]
+    runs = [write_run(tmp_path / name, items, arm=name, model="lab/model") for name in ("clip", "llm2clip")]
+    comparison = collect(tmp_path, [runs[0]], llm2clip=runs[1])
+    ((setting, theirs, ours),) = comparison.recipe_differences["llm2clip"]
+    assert setting == "lmms: model (not recorded)" and theirs != ours
+    assert theirs.startswith("lab/model: not found") and comparison_page.recipe_warnings(comparison)

@@ -12,7 +12,7 @@ import pytest
 from lmms_results import matched, pope, record, write_run
 
 from llm2clip_eval import gate
-from llm2clip_eval.paired_statistics import Paired, interval, resampled_differences
+from llm2clip_eval.paired_statistics import Paired, interval, resampled_differences, unseen_share, with_unseen
 
 
 def shares(num_right: int, num: int = 1000) -> list[float]:
@@ -73,6 +73,25 @@ def test_few_images_and_few_flips_prove_nothing(tmp_path, capsys):
     assert passed(both("again", 100), "x", 4) == 0
 
 
+def test_one_lost_answer_proves_no_more_than_an_exact_test(tmp_path, capsys):
+    runs = {
+        name: write_run(tmp_path / name, [record("a", matched(shares(right, 400)))], arm=name)
+        for name, right in (("base", 200), ("x", 199))
+    }
+    assert passed(runs, "x", 1) == 3  # Clopper and Pearson: up to 1.18 % may be lost; quantiles alone: 0.75
+    assert "-0.25 points (95 % bounds -1.1" in capsys.readouterr().out
+    assert passed(runs, "x", 1.3) == 0
+
+
+def test_a_measured_drop_does_not_pass_though_every_answer_is_worth_the_same(tmp_path):
+    """Neither "no" nor "maybe" is right, but only "no" counts for POPE's recall."""
+    runs = {}
+    for name, said in (("base", "maybe"), ("x", "no")):
+        answers = [("yes", "yes"), ("no", "no"), (said, "yes")] * 60
+        runs[name] = write_run(tmp_path / name, [record("pope", pope(answers, 1), "pope_f1_score")], arm=name)
+    assert passed(runs, "x", 5) == 1
+
+
 def test_points_are_in_percent_of_the_metrics_range(tmp_path, capsys):
     right = [("yes", "yes"), ("no", "no")] * 100
     wrong = [("no", "yes"), *right[1:]]
@@ -104,9 +123,28 @@ def test_a_gate_errs_no_more_often_than_it_says():
         theirs, ours = np.where(rng.random(300) < 0.7, ease, rng.random(300)) < 0.6, ease < 0.55
         sums = [np.stack([arm, np.ones(300)], axis=1)[:, None] for arm in (theirs, ours)]
         task = Paired(*sums, lambda sums: 100 * sums[..., 0] / sums[..., 1])
-        found = resampled_differences(task, num_resamples=199, confidence=0.9, seed=seed)
+        found = resampled_differences(task, num_resamples=199, seed=seed)
         outcomes.append(gate.decide(*interval(found, 0.9), 5))
     assert 8 <= outcomes.count("pass") <= 45 and 8 <= outcomes.count("fail") <= 45
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0.0, 0.01), (0.005, 0.015), (0.0, 0.02), (0.01, 0.03)])
+def test_a_gate_errs_no_more_often_than_it_says_where_few_answers_flip(won, lost):
+    rng = np.random.default_rng(1)
+    ones = np.ones((400, 1, 1))
+    outcomes, ignored = [], []
+    for seed in range(500):
+        luck = rng.random((400, 1, 1))
+        sums = [np.concatenate([arm, ones], axis=2) for arm in (luck < lost, luck > 1 - won)]
+        task = Paired(*sums, lambda sums: 100 * sums[..., 0] / sums[..., 1])
+        found = resampled_differences(task, num_resamples=399, seed=seed)
+        share = unseen_share([[task]], size=399, seed=seed)
+        low, high = (interval(drawn, 0.9)[end] for end, drawn in enumerate(with_unseen(found, 100, share)))
+        outcomes.append(gate.decide(low, high, 100 * (lost - won)))
+        ignored.append(gate.decide(*interval(found, 0.9), 100 * (lost - won)))
+    assert outcomes.count("pass") <= 41 and outcomes.count("fail") <= 41  # 25 expected; binomial at one in a thousand
+    if (won, lost) == (0.0, 0.01):
+        assert ignored.count("pass") > 41  # what not caring for the unseen would give
 
 
 def test_bad_input_is_exit_code_2(runs, tmp_path):

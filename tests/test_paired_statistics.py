@@ -22,8 +22,8 @@ def means(*arms: np.ndarray, clusters: np.ndarray | None = None) -> Paired:
     return Paired.of([scored(arms[0])], [scored(arms[1])], own)
 
 
-def differences(task: Paired, seed: int = 0, num: int = 10_000, confidence: float = 0.95) -> np.ndarray:
-    return statistics.resampled_differences(task, num_resamples=num, confidence=confidence, seed=seed)
+def differences(task: Paired, seed: int = 0, num: int = 10_000) -> np.ndarray:
+    return statistics.resampled_differences(task, num_resamples=num, seed=seed)
 
 
 def pope(rng: np.random.Generator, num: int, right: float, shift: float = 0.0) -> list[Measured]:
@@ -100,7 +100,8 @@ def test_a_model_against_itself_shows_nothing_in_any_statistic(num_models):
     assert statistics.minimum_detectable(found, 0.95) == 0
     assert statistics.mcnemar_p(0, 0) == 1
     assert statistics.holm([1.0, 1.0]) == [1, 1]
-    assert statistics.equivalence_p(found, 0.01) < 0.01  # shown to be equal
+    assert statistics.equivalence_p(found, found, 0.01) < 0.01  # shown to be equal
+    assert task.is_itself and (statistics.unseen_share([[task]], size=10, seed=0) == 0).all()
     if num_models == 1:
         assert statistics.sign_flip_p(task, num_resamples=1000, seed=0) == 1
 
@@ -132,9 +133,10 @@ def test_holm_of_a_hand_computed_example():
 def test_equivalence_asks_both_ends():
     spread = np.random.default_rng(7).normal(0.5, 1, 100_000)
     upper, lower = scipy.stats.norm.sf(2, 0.5), scipy.stats.norm.cdf(-2, 0.5)
-    assert statistics.equivalence_p(spread, 2) == pytest.approx(max(upper, lower), abs=0.003)
-    assert statistics.equivalence_p(spread - 1, 2) == pytest.approx(max(upper, lower), abs=0.003)
-    assert statistics.equivalence_p(spread, 0.1) > 0.5
+    assert statistics.equivalence_p(spread, spread, 2) == pytest.approx(max(upper, lower), abs=0.003)
+    assert statistics.equivalence_p(spread - 1, spread - 1, 2) == pytest.approx(max(upper, lower), abs=0.003)
+    assert statistics.equivalence_p(spread, spread, 0.1) > 0.5
+    assert statistics.equivalence_p(spread - 9, spread, 2) > 0.99  # what may be lost unseen
 
 
 def test_the_same_seed_gives_the_same_and_another_another():
@@ -251,6 +253,62 @@ def test_a_planted_null_with_noisy_training_is_flagged_at_most_one_time_in_twent
         ignored += statistics.bootstrap_p(differences(mean, seed, num=RESAMPLES), value) <= 0.05
     assert flagged <= scipy.stats.binom.ppf(0.999, NUM_SIMULATIONS, 0.05)
     assert ignored > 0.25 * NUM_SIMULATIONS  # what not caring for training noise would give
+
+
+@pytest.mark.parametrize("same_models", [False, True])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_p_of_several_seeds_holds_at_small_levels_too(num_seeds, same_models):
+    """Resampled metrics are made up here: training noise twice that of images, no difference."""
+    rng = np.random.default_rng(14)
+    p = []
+    for seed in range(4000):
+        found = rng.standard_normal((2, num_seeds)) * np.hypot(2, 1)
+        baseline, candidate = found[:, None] + rng.standard_normal((2, 999, num_seeds))
+        resampled = statistics.seed_differences(baseline, candidate, seed=seed, same_models=same_models)
+        p.append(statistics.bootstrap_p(resampled, found[1].mean() - found[0].mean()))
+    for level in (0.05, 0.005):  # Holm's correction asks for the latter
+        assert (np.array(p) <= level).sum() <= scipy.stats.binom.ppf(0.999, len(p), level)
+    assert np.mean(np.array(p) <= 0.05) > 0.01  # and it is not out of reach
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 1), (0, 4), (2, 5), (30, 40)])
+def test_the_lower_end_is_close_to_the_exact_one_however_few_answers_flip(wins, losses):
+    answers = np.repeat([1.0, -1.0, 0.0], [wins, losses, 400 - wins - losses])
+    task = means(np.maximum(-answers, 0), np.maximum(answers, 0))
+    share = statistics.unseen_share([[task]], size=10_000, seed=0)
+    lost, won = statistics.with_unseen(differences(task), 1, share)
+    low, high = statistics.interval(lost, 0.9)[0], statistics.interval(won, 0.9)[1]
+    if not wins:
+        assert low == pytest.approx(-scipy.stats.beta.ppf(0.95, losses + 1, 400 - losses), rel=0.06)
+    # Fay & Lumbard (2021): bounds of the share that flips and of the wins among them, melded
+    rng = np.random.default_rng(15)
+    flips = rng.beta(wins + losses + 1, 400 - wins - losses, 100_000)
+    wins_among = rng.beta(wins, losses + 1, 100_000) if wins else np.zeros(100_000)
+    assert low == pytest.approx(np.percentile(flips * (2 * wins_among - 1), 5), rel=0.06)
+    assert high > max(0, (wins - losses) / 400)
+
+
+def test_the_p_of_equivalence_holds_where_few_answers_flip():
+    rng = np.random.default_rng(16)
+    ones = np.ones((400, 1, 1))
+    flagged = ignored = 0
+    for seed in range(NUM_SIMULATIONS):
+        lost = (rng.random((400, 1, 1)) < 0.01).astype(float)  # the true loss is just the margin
+        sums = [np.concatenate([arm, ones], axis=2) for arm in (lost, 0 * lost)]
+        task = Paired(*sums, lambda sums: sums[..., 0] / sums[..., 1])
+        found = differences(task, seed, num=RESAMPLES)
+        share = statistics.unseen_share([[task]], size=RESAMPLES, seed=seed)
+        flagged += statistics.equivalence_p(*statistics.with_unseen(found, 1, share), 0.01) <= 0.05
+        ignored += statistics.equivalence_p(found, found, 0.01) <= 0.05
+    assert flagged <= scipy.stats.binom.ppf(0.999, NUM_SIMULATIONS, 0.05)
+    assert ignored > 0.07 * NUM_SIMULATIONS  # what not caring for the unseen would give
+
+
+def test_what_is_detectable_with_several_seeds_follows_students_distribution():
+    found = np.array([0.31, 0.35, 0.42])
+    resampled = statistics.seed_differences(np.zeros((200_000, 1)), np.tile(found, (200_000, 1)), seed=0)
+    expected = scipy.stats.t.ppf([0.975, 0.8], 2).sum() * found.std(ddof=1) / np.sqrt(3)
+    assert statistics.minimum_detectable(resampled, 0.95, long_tails=True) == pytest.approx(expected, rel=0.02)
 
 
 def test_one_model_asked_in_two_ways_may_differ_from_itself():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def write_retrieval(
     strength: Mapping[str, float] | float,
     seed: int = 0,
     split: str = "test",
+    ks: Sequence[int] = (1, 5, 10),
 ) -> Path:
     """Retrieval results in which each query of a pool is answered at rank 0 with probability `strength`."""
     rng = np.random.default_rng([seed, sum(directory.name.encode())])
@@ -70,7 +71,7 @@ def write_retrieval(
             level = strength if isinstance(strength, float) else strength[f"{pool}/{kind}"]
             size = len(data)
             ranks = [np.where(rng.random(size) < level, 0, rng.integers(1, size, size)).tolist() for _ in range(2)]
-            recall = {way: recall_at_k(found) for way, found in zip(("i2t", "t2i"), ranks, strict=True)}
+            recall = {way: recall_at_k(found, ks) for way, found in zip(("i2t", "t2i"), ranks, strict=True)}
             recall["mean"] = {k: (recall["i2t"][k] + recall["t2i"][k]) / 2 for k in recall["i2t"]}
             record = {
                 "arm": directory.name,
@@ -211,6 +212,28 @@ def test_every_pool_is_shown_in_the_given_order_and_languages_apart(settings):
     assert "cut off by LLM2CLIP" in pools
 
 
+def test_columns_are_those_that_were_evaluated(settings, tmp_path, pools):
+    ks = (5, 20, 1, 2, 10)
+    for name, arm in settings["arms"].items():
+        arm["results"] = [str(write_retrieval(tmp_path / f"ks-{name}", pools, 0.4, ks=ks))]
+    output_dir = make_report(settings)
+    lines = (output_dir / "report.md").read_text().splitlines()
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    names = ["R@1", "R@2", "R@5", "R@10", "R@20"]
+    header = next(place for place, row in enumerate(rows) if row[2] == "arm")
+    assert rows[header][3:] == ["I→T R@1", *names[1:], "T→I R@1", *names[1:], "mean R@1"]
+    assert rows[header + 1] == ["---"] * 14
+    recall = json.loads((tmp_path / "ks-vanilla" / "results" / "seen__raw.json").read_text())["recall"]
+    expected = [recall[way][name] for way in ("i2t", "t2i") for name in names] + [recall["mean"]["R@1"]]
+    assert next(row[3:] for row in rows if row[:3] == ["seen", "raw", "vanilla"]) == [f"{x:.1f}" for x in expected]
+    html = (output_dir / "report.html").read_text()
+    rows = [re.findall(r">([\d.]+)<", row) for row in re.findall(r"vanilla</td>(.*)</tr>", html)]
+    assert [f"{x:.1f}" for x in expected] in rows
+    assert html.count("<th>R@20</th>") == 3 * 2
+    wide = [cells for cells in Page(html).tables if cells[0] == 2 * len(ks) + 2]
+    assert len(wide) == 3 and all(len(set(cells)) == 1 for cells in wide)  # one for each pool, each rectangular
+
+
 def test_neighbours_show_the_right_image_framed_where_the_arm_found_it(settings):
     html = (make_report(settings) / "report.html").read_text()
     rows = re.findall(r"right image at rank (\d+)</span></div>\n<div class=\"thumbs\">(.*?)</div>", html)
@@ -236,6 +259,9 @@ def test_several_seeds_are_averaged_and_said(settings, tmp_path, pools):
     assert summary["recall_at_1"]["concepts/long"]["llm2clip"] == pytest.approx(np.mean(singles))
     text = Page((output_dir / "report.html").read_text()).text
     assert "±" in text and "One training seed" not in text and "several training seeds" in text
+    headline = json.loads((output_dir / "manifest.json").read_text())["headline"]
+    for said in (text, (output_dir / "report.md").read_text(), headline):
+        assert "Trained once: vanilla and continued. The intervals do not cover the noise of that training." in said
 
 
 def test_validation_numbers_are_labelled(settings, tmp_path, pools):
@@ -274,6 +300,11 @@ def test_results_that_do_not_belong_together_are_refused(settings, tmp_path, poo
     vanilla["results"] = [str(changed)]
     with pytest.raises(ValueError, match="seen/raw: data_fingerprint of (vanilla|llm2clip)"):
         make_report({**settings, "output_dir": str(tmp_path / "b")})
+
+    vanilla["results"] = [str(write_retrieval(tmp_path / "r-ks", pools, 0.4, ks=(1, 5)))]
+    message = r"llm2clip \(seed 0\) has R@1, R@5, R@10, vanilla R@1, R@5; run .* with the same ks"
+    with pytest.raises(ValueError, match=message):
+        make_report({**settings, "output_dir": str(tmp_path / "ks")})
 
     same = settings["arms"]["continued"]["results"][0]
     vanilla["results"] = [same, same]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llm2clip_eval.statistics import QueryHits, paired_bootstrap, statement
+from llm2clip_eval.statistics import QueryHits, over_seeds, paired_bootstrap, statement
 
 
 def simulate(rng: np.random.Generator, i2t: float, t2i: float, owner: np.ndarray) -> QueryHits:
@@ -112,6 +112,35 @@ def test_seeds_that_disagree_widen_the_interval(owner):
     assert three.target_recall == pytest.approx(
         np.mean([paired_bootstrap([arm], [baseline]).target_recall for arm in erratic])
     )
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_a_planted_null_with_noisy_training_is_flagged_at_most_one_time_in_twenty(num_seeds):
+    rng = np.random.default_rng(9)
+    owner = np.arange(150)
+    flagged = 0
+    for seed in range(400):
+        levels = 0.5 + 0.08 * rng.standard_normal((2, num_seeds))  # what training adds, from run to run
+        ours, theirs = ([simulate(rng, level, level, owner) for level in of_arm] for of_arm in levels)
+        flagged += paired_bootstrap(ours, theirs, num_resamples=400, seed=seed).verdict != "undecided"
+    assert flagged <= scipy.stats.binom.ppf(0.999, 400, 0.05)
+
+
+def test_the_noise_of_training_is_that_of_students_t_test():
+    ours, theirs = np.array([0.31, 0.35, 0.42]), np.array([0.24, 0.29, 0.26])
+    drawn, other = (np.tile(arm, (200_000, 1)) for arm in (ours, theirs))  # the images make no difference
+    expected = scipy.stats.ttest_1samp(ours, 0).confidence_interval()
+    assert np.percentile(over_seeds(drawn, seed=0), [2.5, 97.5]) == pytest.approx(expected, abs=0.004)
+
+    def p(found: np.ndarray) -> float:
+        return float(2 * min((found < 0).mean(), (found > 0).mean()))
+
+    welch, paired = scipy.stats.ttest_ind(ours, theirs, equal_var=False), scipy.stats.ttest_rel(ours, theirs)
+    assert p(over_seeds(drawn, other, seed=0)) == pytest.approx(welch.pvalue, rel=0.05)
+    assert p(over_seeds(drawn - other, seed=0)) == pytest.approx(paired.pvalue, rel=0.05)
+    once = scipy.stats.ttest_1samp(ours, 0.24)  # an arm that was trained once adds no noise
+    assert p(over_seeds(drawn, other[:, :1], seed=0)) == pytest.approx(once.pvalue, rel=0.05)
+    assert (over_seeds(drawn[:, :1], other[:, :1], seed=0) == ours[0] - theirs[0]).all()
 
 
 def test_an_undecided_comparison_says_so(owner):

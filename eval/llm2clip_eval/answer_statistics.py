@@ -2,7 +2,7 @@
 
 Questions about one image are no independent observations, so images are resampled, each with all its questions (Efron
 & Tibshirani 1993, ch. 8 and 13). All arms, and each arm seeing and blind, share the resamples: every difference is
-paired. With several trained models per arm these are resampled as well (see `statistics`).
+paired. With several trained models per arm the noise of training is added (`statistics.over_seeds`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm2clip_eval.statistics import CHUNK, draw_counts, seed_mean, signed
+from llm2clip_eval.statistics import CHUNK, draw_counts, over_seeds, signed
 
 
 class Estimate(NamedTuple):
@@ -59,8 +59,7 @@ class ClusterBootstrap:
 
     def mean(self, name: str) -> Estimate:
         """Mean score, over questions and models."""
-        resampled = seed_mean(self._resampled[name], self._seed_draws())
-        return self._estimate(float(self.scores[name].mean()), resampled)
+        return self._estimate(float(self.scores[name].mean()), over_seeds(self._resampled[name], seed=self.seed))
 
     def difference(self, target: str, baseline: str, *, same_models: bool = False) -> Estimate:
         """Mean score of one minus that of another.
@@ -68,17 +67,12 @@ class ClusterBootstrap:
         Args:
             target: name of the one.
             baseline: name of the other.
-            same_models: both are of the same trained models, in the same order, which are then resampled together.
+            same_models: both are of the same trained models, in the same order, so that noise of training is shared.
         """
         value = float(self.scores[target].mean()) - float(self.scores[baseline].mean())
         ours, theirs = self._resampled[target], self._resampled[baseline]
-        draws = self._seed_draws()
-        if same_models:
-            return self._estimate(value, seed_mean(ours - theirs, draws))
-        return self._estimate(value, seed_mean(ours, draws) - seed_mean(theirs, draws))
-
-    def _seed_draws(self) -> np.random.Generator:
-        return np.random.default_rng([self.seed, 1])
+        arms = (ours - theirs,) if same_models else (ours, theirs)
+        return self._estimate(value, over_seeds(*arms, seed=self.seed))
 
     def _estimate(self, value: float, resampled: np.ndarray) -> Estimate:
         low, high = np.percentile(resampled, self.tails)

@@ -116,6 +116,7 @@ def collect(config: AnswersReportConfig) -> dict[str, Any]:
     """
     from llm2clip_eval import answers_report_data as data
     from llm2clip_eval.report_data import run_facts
+    from llm2clip_eval.statistics import seed_note
 
     arms = {name: data.load_arm(name, arm.label or name, arm.results) for name, arm in config.arms.items()}
     data.check_same_questions(list(arms.values()))
@@ -143,7 +144,8 @@ def collect(config: AnswersReportConfig) -> dict[str, Any]:
         "headline": [facts[keys[key]] for key in config.headline],
         "pools": {pool: [found for group, found in facts.items() if group.pool == pool] for pool in pools},
         "comparisons": comparisons,
-        "single_seed": all(arm.num_seeds == 1 for arm in arms.values()),
+        "seed_note": seed_note({arm.label: arm.num_seeds for arm in arms.values()}),
+        "several_seeds": any(arm.num_seeds > 1 for arm in arms.values()),
         "lead": lead,
         "examples": {
             pool: data.examples([lead, *(arm for arm in arms.values() if arm is not lead)], pool, number, config.seed)
@@ -217,8 +219,8 @@ def headline_text(report: dict[str, Any]) -> str:
             blind = f", blind {100 * score.blind.value:.1f} %" if score.blind else ""
             lines.append(f"  {score.label}: {interval(score.accuracy)} right{blind}; {score.verdict}")
         lines += [f"  {difference.text}" for difference in facts.differences.values()]
-    if report["single_seed"]:
-        lines.append("One training seed per arm: the intervals cover the choice of test images, not training noise.")
+    if report["seed_note"]:
+        lines.append(report["seed_note"])
     return "\n".join(lines)
 
 

@@ -97,17 +97,19 @@ def checks(options: argparse.Namespace) -> list[Check]:
     if not baseline.tasks:
         raise ValueError("there is no task that needs no judge; name tasks with --tasks")
     # Both ends of a two-sided interval of this coverage are one-sided bounds of the confidence that is asked for.
-    settings = Settings(options.num_resamples, 2 * options.confidence - 1, options.max_drop, options.seed)
-    return judge(compare_arms(baseline, candidate, settings), options, baseline.models == candidate.models)
+    settings = Settings(
+        options.num_resamples, 2 * options.confidence - 1, options.max_drop, options.seed, allow_unseen=True
+    )
+    return judge(compare_arms(baseline, candidate, settings), options)
 
 
-def judge(found: CandidateComparison, options: argparse.Namespace, same_models: bool) -> list[Check]:
+def judge(found: CandidateComparison, options: argparse.Namespace) -> list[Check]:
     """Outcome of every task and of the average."""
     drop, confidence = options.max_drop, f"{100 * options.confidence:g} %"
-    is_itself = same_models and all(task.ties == task.num_items for task in found.tasks)
 
     def check(name: str, told: str, difference: float, low: float, high: float, num_clusters: int) -> Check:
-        few = num_clusters < MIN_CLUSTERS and not is_itself
+        # Bounds allow for images that were not seen; only those of a model against itself are both 0.
+        few = num_clusters < MIN_CLUSTERS and not low == high == 0
         outcome = "inconclusive" if few else decide(low, high, drop)
         shown = {
             "pass": f"shown to lose less than {drop:g}",
@@ -123,12 +125,8 @@ def judge(found: CandidateComparison, options: argparse.Namespace, same_models: 
     for task in found.tasks:
         percent = drop / task.margin  # points of the metric -> percent of its range
         told = f"{task.metric} {task.candidate:.2f} against {task.baseline:.2f}"
-        low = percent * task.low
-        if task.ties == task.num_items and not is_itself:
-            # No resample can show what was never seen. If a share q of images were lost, that n show none has
-            # probability (1 - q)^n.
-            low = -100 * (1 - (1 - options.confidence) ** (1 / task.num_clusters))
-        results.append(check(task.task, told, percent * task.difference, low, percent * task.high, task.num_clusters))
+        difference, low, high = (percent * value for value in (task.difference, task.low, task.high))
+        results.append(check(task.task, told, difference, low, high, task.num_clusters))
     if macro := found.macro:
         told = f"mean of {macro.num_tasks} tasks {macro.candidate:.2f} against {macro.baseline:.2f}"
         smallest = min(task.num_clusters for task in found.tasks)

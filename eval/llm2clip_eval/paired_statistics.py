@@ -2,7 +2,7 @@
 
 Answers about one image are no independent observations, so what is resampled, and what is swapped between the models,
 is the cluster: images that are connected by being asked about together, with all their questions (Efron & Tibshirani
-1993, ch. 8, 13 and 16). With several trained models per arm these are resampled as well (two levels).
+1993, ch. 8, 13 and 16). With several trained models per arm the noise of training is added (`statistics.over_seeds`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm2clip_eval.statistics import CHUNK, draw_counts, seed_mean
+from llm2clip_eval.statistics import CHUNK, draw_counts, over_seeds
 from llm2clip_eval.task_metrics import Formula, Measured
 
 POWER = 0.8
@@ -31,7 +31,7 @@ class Paired:
     """(num_clusters, num_models, k)"""
     formula: Formula
     same_models: bool = False
-    """Both arms are the very same trained models, which are then resampled together."""
+    """Both arms are the very same trained models, so that noise of training is shared."""
 
     @classmethod
     def of(
@@ -72,6 +72,11 @@ class Paired:
         """The metric of baseline and candidate, mean over their models."""
         baseline, candidate = (float(self.formula(arm.sum(axis=0)).mean()) for arm in (self.baseline, self.candidate))
         return baseline, candidate
+
+    @property
+    def is_itself(self) -> bool:
+        """Whether both are the very same models with the very same results: they differ nowhere, seen or not."""
+        return self.same_models and np.array_equal(self.baseline, self.candidate)
 
 
 def clusters_of(labels: Sequence[Iterable[Hashable]]) -> np.ndarray:
@@ -130,35 +135,59 @@ def resampled_metrics(
 
 
 def seed_differences(
-    baseline: np.ndarray, candidate: np.ndarray, *, confidence: float, seed: int, same_models: bool = False
+    baseline: np.ndarray, candidate: np.ndarray, *, seed: int, same_models: bool = False
 ) -> np.ndarray:
-    """Resample the trained models as well: (num_resamples, num_models) of both arms -> (num_resamples,) differences.
-
-    A few seeds drawn with replacement vary too little, and less surely than a normal: deviations from their mean are
-    widened by sqrt(n / (n - 1)) and by Student's quantile over the normal one (Hesterberg 2015, American Statistician
-    69, section 4: the "expanded percentile interval"), so that with three seeds per arm a chance difference is taken
-    for real no more often than promised.
-    """
-    from scipy.stats import norm, t
-
-    rng = np.random.default_rng([seed, 1])
-    freedom = baseline.shape[1] + candidate.shape[1] - 2
-    upper = (1 + confidence) / 2
-    student = float(t.ppf(upper, freedom) / norm.ppf(upper)) if freedom else 1.0
-    if same_models:
-        return _drawn_means(candidate - baseline, rng, student)
-    return _drawn_means(candidate, rng, student) - _drawn_means(baseline, rng, student)
-
-
-def resampled_differences(task: Paired, *, num_resamples: int, confidence: float, seed: int) -> np.ndarray:
-    """(num_resamples,) differences, candidate minus baseline, of one task; the same `seed` gives the same ones.
+    """Add the noise of training: (num_resamples, num_models) of both arms -> (num_resamples,) differences.
 
     Draws in which the metric has no value are left out.
     """
+    has_value = np.isfinite(baseline).all(axis=1) & np.isfinite(candidate).all(axis=1)
+    baseline, candidate = baseline[has_value], candidate[has_value]
+    if same_models:
+        return over_seeds(candidate - baseline, seed=seed)
+    return over_seeds(candidate, baseline, seed=seed)
+
+
+def resampled_differences(task: Paired, *, num_resamples: int, seed: int) -> np.ndarray:
+    """(num_resamples,) differences, candidate minus baseline, of one task; the same `seed` gives the same ones."""
     rng = np.random.default_rng([seed, 0])
     baseline, candidate = resampled_metrics([task], num_resamples=num_resamples, rng=rng)[0]
-    found = seed_differences(baseline, candidate, confidence=confidence, seed=seed, same_models=task.same_models)
-    return found[np.isfinite(found)]
+    return seed_differences(baseline, candidate, seed=seed, same_models=task.same_models)
+
+
+def with_unseen(differences: np.ndarray, best: float, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Allow for what no resample can show, as it was never seen: one more cluster that is all lost, or all won.
+
+    Where few of n clusters differ, quantiles of a bootstrap lie too near to zero. A further loss whose share is drawn
+    from Beta(1, n), as it would be for one cluster more in a Bayesian bootstrap, brings the lower end for a difference
+    of shares close to the exact one (Fay & Lumbard 2021, Statistics in Medicine 40): to that of Clopper and Pearson
+    where nothing is won, and to 1 - (1 - confidence)^(1 / n), which n clusters may hide, where nothing differs.
+
+    Args:
+        differences: (num_resamples,)
+        best: highest possible metric; the lowest is 0.
+        share: (num_resamples,) of the further cluster; see `unseen_share`.
+
+    Returns:
+        (num_resamples,) differences with a loss, for lower ends, and with a win, for upper ones.
+    """
+    return (1 - share) * differences - share * best, (1 - share) * differences + share * best
+
+
+def unseen_share(strata: Sequence[Sequence[Paired]], *, size: int, seed: int) -> np.ndarray:
+    """(size,) how much of a task, or of a mean over tasks, a further cluster is; 0 for a model against itself.
+
+    Args:
+        strata: tasks; those of one stratum are about the same clusters, so what is unseen in one is so in all.
+        size: how many to draw.
+        seed: of the draws.
+    """
+    tasks = [task for stratum in strata for task in stratum]
+    if all(task.is_itself for task in tasks):
+        return np.zeros(size)
+    rng = np.random.default_rng([seed, 4])
+    shares = [len(stratum) * rng.beta(1, stratum[0].num_clusters, size) for stratum in strata]
+    return np.sum(shares, axis=0) / len(tasks)
 
 
 def interval(differences: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -211,33 +240,39 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def minimum_detectable(differences: np.ndarray, confidence: float) -> float:
+def minimum_detectable(differences: np.ndarray, confidence: float, *, long_tails: bool = False) -> float:
     """True difference that an interval of this coverage keeps apart from zero in 80 % of such tests.
 
     By normal approximation, from the standard deviation of resampled differences.
+
+    Args:
+        differences: (num_resamples,)
+        confidence: coverage of the interval.
+        long_tails: they hold noise of training, Student's, whose standard deviation may be infinite; the same two
+            distances are then taken from quantiles.
     """
     from scipy.stats import norm
 
+    if long_tails:
+        return float(sum(np.ptp(interval(differences, level)) for level in (confidence, 2 * POWER - 1)) / 2)
     return float((norm.ppf((1 + confidence) / 2) + norm.ppf(POWER)) * differences.std(ddof=1))
 
 
-def equivalence_p(differences: np.ndarray, margin: float) -> float:
-    """Two one-sided tests (TOST): the larger share of resampled differences beyond one end of ±margin."""
-    above, below = (differences >= margin).sum(), (differences <= -margin).sum()
-    return float((1 + max(above, below)) / (1 + len(differences)))
+def equivalence_p(lost: np.ndarray, won: np.ndarray, margin: float) -> float:
+    """Two one-sided tests (TOST): the larger share of resampled differences beyond one end of ±margin.
+
+    Args:
+        lost: (num_resamples,) differences with what may be lost unseen (`with_unseen`).
+        won: likewise, with what may be won.
+        margin: smallest difference that counts.
+    """
+    above, below = (won >= margin).sum(), (lost <= -margin).sum()
+    return float((1 + max(above, below)) / (1 + len(won)))
 
 
 def _share_as_large(sizes: np.ndarray, found: float) -> float:
     # Sums of floats in another order: equal ones may differ in the last digits.
     return float((1 + (sizes >= found * (1 - 1e-9) - 1e-12).sum()) / (1 + len(sizes)))
-
-
-def _drawn_means(metrics: np.ndarray, rng: np.random.Generator, student: float) -> np.ndarray:
-    num = metrics.shape[1]
-    if num == 1:
-        return metrics[:, 0]
-    mean = metrics.mean(axis=1)
-    return mean + student * np.sqrt(num / (num - 1)) * (seed_mean(metrics, rng) - mean)
 
 
 def _add_up(statistics: np.ndarray, clusters: np.ndarray, num_clusters: int) -> np.ndarray:

@@ -145,6 +145,7 @@ def collect(config: ReportConfig) -> dict[str, Any]:
     """
     from llm2clip_eval import neighbours
     from llm2clip_eval import report_data as data
+    from llm2clip_eval.statistics import seed_note
 
     arms = {name: data.load_arm(name, arm.label or name, arm.results) for name, arm in config.arms.items()}
     data.check_same_queries(list(arms.values()))
@@ -184,10 +185,12 @@ def collect(config: ReportConfig) -> dict[str, Any]:
         "split": first.records[keys[0]][0]["split"],
         "headline": headline,
         "keys": keys,
+        "ks": data.recall_names(first.records[keys[0]][0]),
         "pools": {key: data.pool_facts(list(arms.values()), key, config.pools.get(key[0], "")) for key in keys},
         "cross_lingual": [key for key in keys if any(fnmatch(key[0], p) for p in config.cross_lingual_pools)],
         "comparisons": comparisons,
-        "single_seed": all(arm.num_seeds == 1 for arm in arms.values()),
+        "several_seeds": any(arm.num_seeds > 1 for arm in arms.values()),
+        "seed_note": seed_note({arm.label: arm.num_seeds for arm in arms.values()}),
         "curves": [(label, seed, *data.loss_curve(path)) for label, seed, path in clip_runs],
         "runs": [data.run_facts(title, path) for title, path in config.stages.items()]
         + [data.run_facts(f"{label}, seed {seed}" if seed else label, path) for label, seed, path in clip_runs],
@@ -250,8 +253,8 @@ def headline_table(report: dict[str, Any]) -> str:
         for comparison in report["comparisons"]:
             further = [difference for (of, _), difference in comparison["at_k"].items() if of == key]
             lines += [f"  {difference.text}" for difference in (comparison["differences"][key], *further)]
-    if report["single_seed"]:
-        lines.append("One training seed per arm: the intervals cover the choice of test images, not training noise.")
+    if report["seed_note"]:
+        lines.append(report["seed_note"])
     return "\n".join(lines)
 
 

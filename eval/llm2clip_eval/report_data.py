@@ -135,16 +135,6 @@ def check_same_queries(arms: Sequence[ArmResults]) -> None:
                     )
 
 
-def seed_note(arms: Sequence[ArmResults]) -> str:
-    """Says which arms were trained only once, and what that means; empty if none was."""
-    once = [arm.label for arm in arms if arm.num_seeds == 1]
-    if len(once) == len(arms):
-        return "One training seed per arm: the intervals cover the choice of test images, not training noise."
-    return (
-        f"Trained once: {' and '.join(once)}. The intervals do not cover the noise of that training." if once else ""
-    )
-
-
 def recall_names(record: Mapping[str, Any]) -> list[str]:
     """Names of the recalls that a result of retrieval has in every direction, such as R@1 and R@5, by their k."""
     return sorted(record["recall"]["mean"], key=lambda name: int(name.removeprefix("R@")))

@@ -1,13 +1,13 @@
 """Is a difference in recall real? A paired bootstrap over the queries of a pool.
 
 The unit that is resampled is the image, with all its captions: both directions of one image are one observation
-(cluster bootstrap; Efron & Tibshirani 1993, ch. 8 and 13). With several training seeds per arm the seeds are resampled
-as well, independently in each arm (two-level bootstrap), so that the interval covers training noise.
+(cluster bootstrap; Efron & Tibshirani 1993, ch. 8 and 13). With several training seeds per arm the noise of training
+is added (`over_seeds`), so that the interval covers it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -93,17 +93,15 @@ def paired_bootstrap(
     num_captions = np.bincount(caption_image, minlength=num_images).astype(float)  # (num_images,)
 
     columns = np.concatenate([_per_image(target), _per_image(baseline)])  # (2 * num_models, num_images)
-    seeds = np.random.default_rng([seed, 1])
-    differences = []
+    recalls = []
     for images in np.split(_image_draws(num_resamples, num_images, seed), range(CHUNK, num_resamples, CHUNK)):
         images = images.astype(float)  # (chunk, num_images)
         hits = images @ columns.T  # (chunk, 2 * num_models): found images and found captions of each model
         captions = images @ num_captions
-        recall = 50 * (hits[:, 0::2] / num_images + hits[:, 1::2] / captions[:, None])  # (chunk, num_models)
-        ours, theirs = recall[:, : len(target)], recall[:, len(target) :]
-        differences.append(seed_mean(ours, seeds) - seed_mean(theirs, seeds))
+        recalls.append(50 * (hits[:, 0::2] / num_images + hits[:, 1::2] / captions[:, None]))  # (chunk, num_models)
+    ours, theirs = np.split(np.concatenate(recalls), [len(target)], axis=1)
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(np.concatenate(differences), [tail, 100 - tail])
+    low, high = np.percentile(over_seeds(ours, theirs, seed=seed), [tail, 100 - tail])
     wins, losses = _discordant(target, baseline)
     return Comparison(
         target_recall=_recall(target),
@@ -145,12 +143,32 @@ def _per_image(models: Sequence[QueryHits]) -> np.ndarray:
     return np.stack(rows)
 
 
-def seed_mean(recall: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mean over seeds drawn with replacement: (count, num_seeds) -> (count,)."""
-    num_seeds = recall.shape[1]
-    if num_seeds == 1:
-        return recall[:, 0]
-    return (recall * draw_counts(rng, len(recall), num_seeds)).mean(axis=1)
+def over_seeds(target: np.ndarray, baseline: np.ndarray | None = None, *, seed: int) -> np.ndarray:
+    """Mean over trained models in each resample of the images, or a difference of two, with the noise of training.
+
+    Two or three seeds drawn with replacement vary too little, and how much they vary is itself hardly known. So the
+    deviation that comes of training is drawn from Student's distribution, as in Welch's test (1947, Biometrika 34): of
+    variance s² / n, added over arms, with Satterthwaite's degrees of freedom. Quantiles then hold at every level. What
+    seeds and images do together counts twice, on the safe side. An arm trained once shows no noise, and adds none.
+
+    Args:
+        target: (num_resamples, num_seeds) metric of each trained model in each resample.
+        baseline: likewise, of other trained models; it is subtracted.
+        seed: of the draws.
+
+    Returns:
+        (num_resamples,)
+    """
+    arms = [target] if baseline is None else [target, -baseline]
+    means = np.sum([arm.mean(axis=1) for arm in arms], axis=0)
+    several = [arm for arm in arms if arm.shape[1] > 1]
+    freedom = np.array([arm.shape[1] - 1 for arm in several])
+    variances = np.array([arm.mean(axis=0).var(ddof=1) / arm.shape[1] for arm in several])  # of each arm's mean
+    variance = variances.sum()
+    if variance == 0:
+        return means
+    noise = np.random.default_rng([seed, 1]).standard_t(variance**2 / (variances**2 / freedom).sum(), len(means))
+    return means + np.sqrt(variance) * noise
 
 
 @lru_cache(maxsize=1)
@@ -178,3 +196,13 @@ def _discordant(target: Sequence[QueryHits], baseline: Sequence[QueryHits]) -> t
         for models in (target, baseline)
     )
     return int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+
+
+def seed_note(num_seeds: Mapping[str, int]) -> str:
+    """Says which models, by label, were trained only once, and what that means; empty if none was."""
+    once = [label for label, number in num_seeds.items() if number == 1]
+    if not once:
+        return ""
+    if len(once) == len(num_seeds):
+        return "One training seed per arm: the intervals cover the choice of test images, not training noise."
+    return f"Trained once: {' and '.join(once)}. The intervals do not cover the noise of that training."

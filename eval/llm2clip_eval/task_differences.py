@@ -33,6 +33,8 @@ class Settings:
     margin: float = 1.0
     """Of equivalence, in percent of a metric's range."""
     seed: int = 0
+    allow_unseen: bool = False
+    """Whether intervals allow for what was never seen (`paired_statistics.with_unseen`), as those of a gate must."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,17 @@ def task_difference(answers: Answers, settings: Settings) -> TaskDifference:
     scale, margin = first.scale, settings.margin * first.best / 100
     baseline, candidate = (scale * value for value in paired.metrics())
     resampled = scale * _resampled(paired, settings)
-    low, high = statistics.interval(resampled, settings.confidence)
+    share = statistics.unseen_share([[paired]], size=len(resampled), seed=settings.seed)
+    lost, won = statistics.with_unseen(resampled, first.best, share)
+    low, high = _interval(resampled, (lost, won), settings)
     ours, theirs = (np.mean([m.scores for m in arm], axis=0) for arm in (answers.candidate, answers.baseline))
     wins, losses = _wins(ours, theirs)
     p, test = _test(answers, paired, resampled, candidate - baseline, settings)
-    equivalence_p = statistics.equivalence_p(resampled, margin)
-    mde = statistics.minimum_detectable(resampled, settings.confidence)
-    if not wins + losses and not answers.same_models:
-        # No resample can show what was never seen: if a share q of images differed, that n show none has probability
-        # (1 - q)^n.
-        equivalence_p = max(equivalence_p, (1 - settings.margin / 100) ** paired.num_clusters)
-        mde = first.best * (1 - (1 - statistics.POWER) ** (1 / paired.num_clusters))
+    several = paired.num_models != (1, 1)
+    mde = statistics.minimum_detectable(resampled, settings.confidence, long_tails=several)
+    if not paired.is_itself:
+        # If a share q of images differed, that n show none has probability (1 - q)^n.
+        mde = max(mde, first.best * (1 - (1 - statistics.POWER) ** (1 / paired.num_clusters)))
     return TaskDifference(
         task=answers.run.task,
         metric=answers.metric,
@@ -133,7 +135,7 @@ def task_difference(answers: Answers, settings: Settings) -> TaskDifference:
         losses=losses,
         ties=len(ours) - wins - losses,
         margin=margin,
-        equivalence_p=equivalence_p,
+        equivalence_p=statistics.equivalence_p(lost, won, margin),
         verdict="undecided",
         categories=_categories(answers, clusters, settings),
     )
@@ -159,18 +161,19 @@ def macro_difference(tasks: Sequence[Answers], settings: Settings) -> MacroDiffe
     """
     values = np.array([_paired_alone(task).metrics() for task in tasks]) * np.array([[task.points] for task in tasks])
     metrics: list[tuple[np.ndarray, np.ndarray]] = []
-    for number, stratum in enumerate(_strata(tasks)):
+    strata = _strata(tasks)
+    for number, stratum in enumerate(strata):
         rng = np.random.default_rng([settings.seed, 3, number])
         found = statistics.resampled_metrics(
             [paired for _, paired in stratum], num_resamples=settings.num_resamples, rng=rng
         )
         metrics += [(a * task.points, b * task.points) for (task, _), (a, b) in zip(stratum, found, strict=True)]
     arms = [np.mean([both[arm] for both in metrics], axis=0) for arm in (0, 1)]
-    resampled = statistics.seed_differences(
-        *arms, confidence=settings.confidence, seed=settings.seed, same_models=tasks[0].same_models
+    resampled = statistics.seed_differences(*arms, seed=settings.seed, same_models=tasks[0].same_models)
+    share = statistics.unseen_share(
+        [[paired for _, paired in stratum] for stratum in strata], size=len(resampled), seed=settings.seed
     )
-    resampled = resampled[np.isfinite(resampled)]
-    low, high = statistics.interval(resampled, settings.confidence)
+    low, high = _interval(resampled, statistics.with_unseen(resampled, 100, share), settings)
     baseline, candidate = values.mean(axis=0).tolist()
     return MacroDifference(
         num_tasks=len(tasks),
@@ -184,9 +187,16 @@ def macro_difference(tasks: Sequence[Answers], settings: Settings) -> MacroDiffe
 
 
 def _resampled(paired: Paired, settings: Settings) -> np.ndarray:
-    return statistics.resampled_differences(
-        paired, num_resamples=settings.num_resamples, confidence=settings.confidence, seed=settings.seed
-    )
+    return statistics.resampled_differences(paired, num_resamples=settings.num_resamples, seed=settings.seed)
+
+
+def _interval(
+    differences: np.ndarray, with_unseen: tuple[np.ndarray, np.ndarray], settings: Settings
+) -> tuple[float, float]:
+    for_low, for_high = with_unseen if settings.allow_unseen else (differences, differences)
+    low, _ = statistics.interval(for_low, settings.confidence)
+    _, high = statistics.interval(for_high, settings.confidence)
+    return low, high
 
 
 def _paired_alone(task: Answers) -> Paired:
@@ -204,7 +214,7 @@ def _test(
     """p and the test it is of.
 
     McNemar's is exact, but takes every answer for an observation of its own; where images have several questions the
-    permutation test stands for it, and with several seeds, whose noise neither knows, the two-level bootstrap.
+    permutation test stands for it, and with several seeds, whose noise neither knows, the bootstrap with that noise.
     """
     if paired.num_models != (1, 1):
         return statistics.bootstrap_p(resampled, difference), "cluster bootstrap"
