@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
+from llm2clip.callbacks import KeepFloat32, NoInputGradients
 from llm2clip.caption_loss import PairFeatures, caption_loss
 from llm2clip.caption_pairs import PairExample, PairSource, PairStream, text_key
 from llm2clip.llm import add_lora
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class TeacherTrainingArguments(StageTrainingArguments):
     """Defaults of LLM2CLIP `llm_caption_contrastive/train_configs/supervised/MetaLlama3_cc3m.json`, 8 processes."""
+
+    zero_stages = (1, 2)  # 3 leaves every process a part of the LLM, which is measured and written whole
 
     per_device_train_batch_size: int = 64
     num_train_epochs: float = 1.0
@@ -146,10 +149,15 @@ def tune_encoder(
         pairs,
         weights,
         num_positions=training.max_steps * training.global_batch_size,
-        batch_size=training.train_batch_size * training.world_size,
+        batch_size=training.contrast_batch_size,
         batches=batches,
         seed=training.seed,
     )
+    if training.gradient_accumulation_steps > 1 and training.process_index == 0:
+        logger.warning(
+            "training.gradient_accumulation_steps: a query is contrasted with the %d pairs of its micro-batch, not "
+            "with the %d of the step", training.contrast_batch_size, training.global_batch_size,
+        )  # fmt: skip
     set_seed(training.seed)  # LoRA starts from random numbers
     model = add_lora(PairModel(encoder), encoder.llm, **lora)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -164,6 +172,7 @@ def tune_encoder(
         train_dataset=stream,  # type: ignore[arg-type]  # map-style by its methods
         data_collator=PairCollator(encoder.tokenize, has_negatives=stream.has_negatives, length_groups=length_groups),
         objective=partial(caption_loss, **loss),
+        callbacks=[NoInputGradients(encoder.llm), *([KeepFloat32(model)] if training.rounds_weights else [])],
     )
     trainer.train()
     for module in model.modules():
@@ -175,6 +184,7 @@ def tune_encoder(
             "stage": "caption-contrastive",
             "num_steps": training.max_steps,
             "global_batch_size": training.global_batch_size,
+            "contrast_batch_size": training.contrast_batch_size,
             "lora": lora,
             "merge_share": merge_share,
             "loss": loss,

@@ -6,6 +6,7 @@ interrupted. Reads caption data (and embeddings); writes `skipped.jsonl` when im
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from llm2clip.caption_data import CaptionData
 from llm2clip.caption_sources import Problem, skipped_line
@@ -246,9 +248,28 @@ class ClipStream(Dataset):
         if self.skipped_file is not None:
             with open(self.skipped_file, "a", encoding="utf-8") as file:  # one write of one line: also with workers
                 file.write(skipped_line(data.path, Problem(data[row].id, reason)))
-        if len(self._bad[source]) > max(1, self.max_bad_fraction * len(data)):
+        self._check(data, len(self._bad[source]))
+
+    def check_skipped(self) -> None:
+        """Count the images that all workers and processes have skipped; each of them knows its own only.
+
+        Raises:
+            ValueError: if they are too many.
+        """
+        if self.skipped_file is None or not self.skipped_file.is_file():
+            return
+        lines = set(self.skipped_file.read_text(encoding="utf-8").splitlines(keepends=True))
+        for source in self.sources:
+            data = source.data
+            # a run that was killed at its very end has listed unusable rows as well
+            rows = {skipped_line(data.path, problem) for problem in data.problems}
+            images = [json.loads(line) for line in lines - rows]
+            self._check(data, len({image["where"] for image in images if image["data"] == str(data.path)}))
+
+    def _check(self, data: CaptionData, num_bad: int) -> None:
+        if num_bad > max(1, self.max_bad_fraction * len(data)):
             raise ValueError(
-                f"{data.path}: {len(self._bad[source])} of {len(data)} images cannot be read, more than "
+                f"{data.path}: {num_bad} of {len(data)} images cannot be read, more than "
                 f"data.max_bad_fraction {self.max_bad_fraction}; `llm2clip data check {data.path}` lists them all"
             )
 
@@ -258,6 +279,22 @@ class ClipStream(Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
+
+
+class CheckSkipped(TrainerCallback):
+    """`ClipStream.check_skipped` at every checkpoint, which then does not count, and at the end.
+
+    Args:
+        stream: what is trained on.
+    """
+
+    def __init__(self, stream: ClipStream) -> None:
+        self.stream = stream
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stream.check_skipped()
+
+    on_train_end = on_save
 
 
 class EmbeddingCollator:

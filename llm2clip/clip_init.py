@@ -50,7 +50,8 @@ def part_of(name: str) -> str:
 def freeze(model: nn.Module, parts: Collection[str]) -> None:
     """Stop the training of whole parts."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in parts)
+        if part_of(name) in parts:
+            parameter.requires_grad_(False)
 
 
 def vision_layer(name: str, num_layers: int) -> int:
@@ -106,26 +107,46 @@ def read_config(path: str) -> PretrainedConfig:
 
 
 def load_model(path: str, model_class: Any = AutoModel) -> Any:
-    """Load a model in float32 and refuse weights that do not fit: transformers would only warn, and train noise.
+    """Load a model in float32, all of it.
 
     Raises:
         ValueError: if tensors are missing or have other shapes.
     """
     model, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            raise ValueError(
-                f"{path}: {len(info[kind])} {kind.replace('_', ' ')} for {type(model).__name__}, such as "
-                f"{sorted(map(str, info[kind]))[0]}; the weights are not of this model, or of another transformers"
-            )
+    check_weights(path, model, info)
     return model
+
+
+def check_weights(
+    path: str, model: nn.Module, info: Mapping[str, Any], part: str = "", unread: tuple[str, ...] = ()
+) -> None:
+    """Refuse weights that do not fit a model: transformers would only warn, and go on with random ones.
+
+    Args:
+        path: where they come from.
+        model: that was loaded.
+        info: what `from_pretrained` told with `output_loading_info`.
+        part: how the names begin that matter.
+        unread: how names among them begin that do not.
+
+    Raises:
+        ValueError: if tensors are missing or have other shapes.
+    """
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = {key if isinstance(key, str) else key[0] for key in info[kind]}  # the latter come with their shapes
+        if bad := sorted(name for name in names if name.startswith(part) and not name.startswith(unread)):
+            raise ValueError(
+                f"{path}: {len(bad)} {kind.replace('_', ' ')} for {type(model).__name__}, such as {bad[0]}; "
+                "the weights are not of this model, or of another transformers, or their download is not complete"
+            )
 
 
 def init_llm2clip(path: str | None, config: LLM2CLIPConfig) -> LLM2CLIPModel:
     """An `LLM2CLIPModel` that starts from `path`, or from scratch.
 
     Of an LLM2CLIP directory everything is kept. Of a CLIP directory the vision model and the logit scale are kept, of
-    a vision tower the vision model; visual projection and adapter are new then, as in the paper.
+    a vision tower the vision model; visual projection and adapter are new then, as in the paper. A logit bias that no
+    loss reads is kept, but not trained.
 
     Args:
         path: directory or hub id, None to start from `config.vision_config` with random weights.
@@ -139,7 +160,10 @@ def init_llm2clip(path: str | None, config: LLM2CLIPConfig) -> LLM2CLIPModel:
     found = read_config(path)
     if isinstance(found, LLM2CLIPConfig):
         _require_equal(path, found, config)
-        return load_model(path, LLM2CLIPModel)
+        model = load_model(path, LLM2CLIPModel)
+        if model.logit_bias is not None and config.logit_bias_init_value is None:
+            model.logit_bias.requires_grad_(False)  # else DDP waits for its gradient
+        return model
     source = load_model(path)
     is_clip = hasattr(found, "vision_config")
     vision_model = source.vision_model if is_clip else source

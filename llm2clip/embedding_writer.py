@@ -236,8 +236,8 @@ class EmbeddingWriter:
 
     def _load_encoder(self) -> CaptionEncoder:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        encoder = CaptionEncoder.from_pretrained(self.teacher, dtype=DTYPES[self.compute_dtype])
-        return encoder.to(device).eval()
+        encoder = CaptionEncoder.from_pretrained(self.teacher, dtype=DTYPES[self.compute_dtype], device=device)
+        return encoder.eval()
 
 
 def text_digest(texts: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Stage `export`: write the vision tower of a CLIP model as a plain Hugging Face directory.
 
-Reads a directory of `train-clip` (LLM2CLIPModel or CLIPModel) or any stock CLIP, SigLIP, ViT or DINOv2 model.
+Reads a directory of `train-clip` (LLM2CLIPModel or CLIPModel) or any stock CLIP, SigLIP or ViT model, or another one
+with an image processor like theirs; DINOv2's own, which resizes to 256 and cuts out 224, is not.
 Writes `vision_tower/` (config, model.safetensors, preprocessor_config.json, README.md), which transformers 4.57 and
 5.x load with every key, and `verification.json`, the proof: a fresh process without this package loaded it and found
 the same features.
@@ -38,7 +39,7 @@ class ExportConfig(StageConfig):
     """Write the vision tower of a CLIP model as a stock Hugging Face directory, and prove that it loads."""
 
     clip: str
-    """Directory of train-clip, or any directory (or hub id) of a stock CLIP, SigLIP, ViT or DINOv2 model."""
+    """Directory of train-clip, or any directory (or hub id) of a stock CLIP, SigLIP or ViT model."""
 
 
 def parse(argv: Sequence[str] | None = None) -> StageCall[ExportConfig]:
@@ -59,7 +60,7 @@ def run(call: StageCall[ExportConfig]) -> None:
             return
         from llm2clip.model_card import write_model_card
 
-        vision_model, processor = load_vision_model(call.config.clip)
+        vision_model, processor = load_vision_model(call.config.clip, pooled=True)
         tower = run.path / TOWER
         write_tower(vision_model, processor, tower)
         report = verify_tower(tower, vision_model, processor)

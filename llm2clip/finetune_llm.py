@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -50,7 +50,7 @@ class LLMSettings:
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2 ...; default transformers' choice."""
     pooling: Literal["mean", "last", "weighted_mean"] = "mean"
-    """Over caption and suffix; never over BOS, prefix and instruction."""
+    """Over caption and suffix; over BOS, prefix and instruction only where the text had to be cut."""
     max_length: int = 512
     """Tokens; longer captions are cut."""
     chat: Literal["template", "none", "custom"] = "template"
@@ -232,9 +232,12 @@ def _make_teacher(call: StageCall[FinetuneLLMConfig], run_dir: RunDir, sources: 
     training: Any = call.training
     processes = PartialState()
     spec = _spec(config.model)
-    load = {"dtype": config.model.dtype, "attn_implementation": config.model.attn_implementation}
+    load = {
+        "dtype": config.model.dtype,
+        "attn_implementation": config.model.attn_implementation,
+        "device": training.device,
+    }
     encoder = CaptionEncoder.from_llm(config.model.name, spec=spec, **load)
-    encoder.to(training.device)
     for adapter in config.model.adapters:
         merge_adapter(encoder.llm, adapter)
         spec.stages.append({"stage": "adapter", "name": adapter})
@@ -260,6 +263,7 @@ def _make_teacher(call: StageCall[FinetuneLLMConfig], run_dir: RunDir, sources: 
             data=[pairs.data for pairs in sources.captions],
             output_dir=adapter.parent,
         )
+        training = replace(training)  # accelerate takes DeepSpeed's settings for a second Trainer from new ones only
         merge_adapter(encoder.llm, adapter)
         spec.stages.append(stage)
     trainer = None

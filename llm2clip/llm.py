@@ -29,6 +29,7 @@ def load_llm(
     bidirectional: bool = True,
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load a decoder LLM, in evaluation mode, and its tokenizer.
 
@@ -39,6 +40,7 @@ def load_llm(
         bidirectional: set `is_causal=False` and check that the model follows it.
         dtype: of the weights.
         attn_implementation: default transformers' choice.
+        device: where it is put, and checked: FlashAttention runs on GPUs only.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -53,7 +55,7 @@ def load_llm(
         )
     if report["missing_keys"]:
         raise ValueError(f"{name} has no weights for {sorted(report['missing_keys'])[:3]}; is its download complete?")
-    llm.eval()
+    llm.eval().to(device)
     if bidirectional:
         check_bidirectional(llm.base_model)
     return llm, AutoTokenizer.from_pretrained(name)

@@ -189,6 +189,7 @@ def train_mntp(
         return json.loads(record.read_text(encoding="utf-8"))
     from transformers import AutoModelForCausalLM, set_seed
 
+    from llm2clip.callbacks import KeepFloat32, NoInputGradients
     from llm2clip.llm import add_lora, load_llm, merge_adapter, save_decoder_adapter
     from llm2clip.trainer import StageTrainer
 
@@ -226,6 +227,7 @@ def train_mntp(
         train_dataset=blocks,  # type: ignore[arg-type]  # map-style by its methods
         data_collator=_stack,
         objective=_objective,
+        callbacks=[NoInputGradients(llm), *([KeepFloat32(model)] if args.rounds_weights else [])],
     )
     trainer.train()
     stage = {"stage": "mntp", "num_blocks": len(tokens), "num_steps": args.max_steps}

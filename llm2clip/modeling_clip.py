@@ -186,10 +186,10 @@ class LLM2CLIPModel(PreTrainedModel):
             pixel_values: (batch, 3, height, width).
 
         Returns:
-            (batch, projection_dim), L2-normalised.
+            (batch, projection_dim) float32, L2-normalised.
         """
         pooled = self.vision_model(pixel_values=pixel_values).pooler_output
-        return F.normalize(self.visual_projection(pooled), dim=-1)
+        return F.normalize(self.visual_projection(pooled).float(), dim=-1)
 
     def get_text_features(self, caption_embeddings: torch.Tensor) -> torch.Tensor:
         """Map caption embeddings of the LLM into the shared space.
@@ -198,9 +198,9 @@ class LLM2CLIPModel(PreTrainedModel):
             caption_embeddings: (batch, caption_embedding_dim), as the embedding store gives them.
 
         Returns:
-            (batch, projection_dim), L2-normalised.
+            (batch, projection_dim) float32, L2-normalised.
         """
-        return F.normalize(self.text_adapter(caption_embeddings), dim=-1)
+        return F.normalize(self.text_adapter(caption_embeddings).float(), dim=-1)
 
     def forward(self, pixel_values: torch.Tensor, caption_embeddings: torch.Tensor) -> LLM2CLIPOutput:
         """Encode images and captions; row i of both belong together."""

@@ -80,7 +80,10 @@ class CaptionTokenizer:
 
     The text `prefix + instruction + "; " + caption + suffix` is tokenised with special tokens and cut to `max_length`.
     `caption + suffix` is tokenised alone, without special tokens, and its length N marks the last N tokens as pooled:
-    BOS, header and instruction act through attention only (LLM2Vec `tokenize` and `_skip_instruction`).
+    BOS, header and instruction act through attention only (LLM2Vec `tokenize` and `_skip_instruction`). So it is for
+    texts that are not cut, tokenizers that append nothing and captions that are not merged with what is in front. Of a
+    text that was cut the last tokens of the header are pooled too, as many as were cut off; an appended EOS is pooled
+    in place of the caption's first token; a merge moves the border by its tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: TeacherSpec) -> None:
@@ -153,9 +156,14 @@ class CaptionEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> CaptionEncoder:
-        """Load a teacher directory, or one on the hub, and check that it behaves as its spec says.
+        """Load a teacher directory, or one on the hub, and check on `device` that it behaves as its spec says.
 
         Raises:
             FileNotFoundError: if it is no teacher.
@@ -163,7 +171,8 @@ class CaptionEncoder(nn.Module):
         """
         local = _local_directory(str(directory))
         spec = TeacherSpec.load(local)
-        llm = AutoModel.from_pretrained(local, dtype=dtype, attn_implementation=attn_implementation).eval()
+        llm = AutoModel.from_pretrained(local, dtype=dtype, attn_implementation=attn_implementation)
+        llm.eval().to(device)
         if spec.bidirectional:
             check_bidirectional(llm)
         return cls(llm, AutoTokenizer.from_pretrained(local), spec)
@@ -176,6 +185,7 @@ class CaptionEncoder(nn.Module):
         spec: TeacherSpec,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> CaptionEncoder:
         """Make an untuned teacher of any decoder LLM that transformers loads.
 
@@ -184,6 +194,7 @@ class CaptionEncoder(nn.Module):
             spec: the lowest `num_hidden_layers` are kept, the others not even read.
             dtype: of the weights.
             attn_implementation: default transformers' choice (SDPA where the family has it).
+            device: where it is put and checked.
 
         Raises:
             FileNotFoundError: if there is no such model.
@@ -196,6 +207,7 @@ class CaptionEncoder(nn.Module):
             bidirectional=spec.bidirectional,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            device=device,
         )
         return cls(llm, tokenizer, spec)
 
@@ -302,7 +314,8 @@ def derive_chat_wrapper(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Prefix and suffix of a lone user turn in the tokenizer's chat template: no system turn, no assistant header.
 
     The prefix is read off a second user turn, since many templates put a default system turn before the first. The
-    suffix loses trailing whitespace (LLM2Vec `prepare_for_tokenization`).
+    suffix loses trailing whitespace (LLM2Vec `prepare_for_tokenization`), the prefix a BOS token, which some templates
+    repeat with every turn (Llama-2): the tokenizer puts its own in front.
 
     Raises:
         ValueError: if the tokenizer has no chat template.
@@ -322,7 +335,8 @@ def derive_chat_wrapper(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     three = str(tokenizer.apply_chat_template(turns, tokenize=False))
     end_of_assistant = two.partition(assistant)[2].rstrip()
     between, _, suffix = three.partition(assistant)[2].partition(second)
-    return between.removeprefix(end_of_assistant).lstrip(), suffix.rstrip()
+    prefix = between.removeprefix(end_of_assistant).lstrip().removeprefix(str(tokenizer.bos_token or ""))
+    return prefix, suffix.rstrip()
 
 
 def _local_directory(name: str) -> Path:

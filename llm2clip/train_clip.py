@@ -22,13 +22,13 @@ from llm2clip.run_dir import RunDir, is_main_process, model_fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from llm2clip.caption_data import CaptionData
     from llm2clip.clip_dataset import CaptionSource, ClipStream
     from llm2clip.embedding_store import EmbeddingStore
     from llm2clip.images import ImageTransform
-    from llm2clip.trainer import ClipTrainingArguments
+    from llm2clip.training_arguments import ClipTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,19 @@ MAX_MOMENT_CAPTIONS = 65_536  # the mean of 65k unit vectors is known to 0.4 % o
 
 
 def parse(argv: Sequence[str] | None = None) -> StageCall[TrainClipConfig]:
-    """Parse the command line of `llm2clip train-clip`."""
-    training = "llm2clip.trainer:ClipTrainingArguments"
+    """Parse the command line of `llm2clip train-clip`.
+
+    Raises:
+        ValueError: for mistakes in the configuration.
+    """
+    training = "llm2clip.training_arguments:ClipTrainingArguments"
     call = parse_stage(TrainClipConfig, argv, prog=f"llm2clip {STAGE}", training_class=training)
+    args: Any = call.training
+    if call.config.ema_decay is not None and args.rounds_weights:
+        raise ValueError(
+            f"llm2clip {STAGE}: ema_decay averages float32 weights, but DeepSpeed with training.bf16 or training.fp16 "
+            "leaves rounded ones in the model; train without training.deepspeed, in float32, or without ema_decay"
+        )
     data = {key: value for key, value in call.resolved["data"].items() if key != "cache_images"}
     return replace(call, resolved={**call.resolved, "data": data})  # a cache does not make it another run
 
@@ -101,10 +111,12 @@ def _train(
     from transformers import set_seed
 
     from llm2clip import clip_init
-    from llm2clip.clip_dataset import EmbeddingCollator, TextCollator
+    from llm2clip.callbacks import KeepFloat32
+    from llm2clip.clip_dataset import CheckSkipped, EmbeddingCollator, TextCollator
     from llm2clip.losses import ClipObjective
     from llm2clip.patch_pca import init_patch_embedding
-    from llm2clip.trainer import ClampLogitScale, ClipTrainingArguments, StageTrainer
+    from llm2clip.trainer import ClampLogitScale, StageTrainer
+    from llm2clip.training_arguments import ClipTrainingArguments
 
     config, args = call.config, call.training
     assert isinstance(args, ClipTrainingArguments)
@@ -131,6 +143,16 @@ def _train(
         "%s: %d images in %d sources, %d steps of %d", STAGE, num_samples, len(sources), args.max_steps,
         args.global_batch_size,
     )  # fmt: skip
+    if args.gradient_accumulation_steps > 1 and is_main_process():
+        logger.warning(
+            "training.gradient_accumulation_steps: an image is contrasted with the %d captions of its micro-batch, "
+            "not with the %d of the step", args.contrast_batch_size, args.global_batch_size,
+        )  # fmt: skip
+    callbacks: list[TrainerCallback] = [CheckSkipped(stream)]
+    if model.logit_scale.requires_grad:
+        callbacks.append(ClampLogitScale(model.logit_scale))
+    if args.rounds_weights:
+        callbacks.append(KeepFloat32(model))
     trainer = StageTrainer(
         model=model,
         args=args,
@@ -144,7 +166,7 @@ def _train(
             num_layers=model.config.vision_config.num_hidden_layers,
         ),
         ema_decay=config.ema_decay,
-        callbacks=[ClampLogitScale(model.logit_scale)] if model.logit_scale.requires_grad else [],
+        callbacks=callbacks,
     )
     trainer.train()
     trainer.save_final(run_dir.path)
@@ -162,6 +184,7 @@ def _train(
             teacher_fingerprint=store.teacher_fingerprint if store else None,
             num_steps=args.max_steps,
             global_batch_size=args.global_batch_size,
+            contrast_batch_size=args.contrast_batch_size,
             num_images=num_samples,
             num_skipped=num_skipped,
             parameters=parameters,

@@ -11,10 +11,8 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from llm2clip.run_dir import atomic_write
+from llm2clip.training_arguments import StageTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -37,61 +36,6 @@ EMA_STATE = "ema.pt"
 Scalars = dict[str, float]
 Objective = Callable[[Any], dict[str, torch.Tensor]]
 """Model output -> named scalars; `loss` is what is minimised, all of them are logged as means over the interval."""
-
-
-@dataclass
-class StageTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what every stage needs; checkpoints go to `<run directory>/checkpoints`."""
-
-    logging_steps: float = 10
-    remove_unused_columns: bool = False
-    logging_nan_inf_filter: bool = False
-    ddp_find_unused_parameters: bool | None = False  # true for towers that do not use all they have (DINOv2's mask)
-
-    def __post_init__(self) -> None:
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
-        super().__post_init__()
-        problems = []
-        if self.save_strategy not in ("steps", "no"):
-            problems.append(f"training.save_strategy is {self.save_strategy}; only 'steps' and 'no' are supported")
-        for name in ("logging_steps", "save_steps"):
-            if (value := getattr(self, name)) != int(value) or value < 1:
-                problems.append(f"training.{name} is {value}; give a whole number of steps")
-        if not problems and self.save_strategy == "steps" and self.save_steps % self.logging_steps:
-            problems.append(
-                f"training.save_steps {self.save_steps:g} is no multiple of training.logging_steps "
-                f"{self.logging_steps:g}; a resumed run could not repeat its metrics exactly"
-            )
-        if self.save_only_model:
-            problems.append("training.save_only_model drops the optimizer, so a killed run could not be continued")
-        if self.save_total_limit is not None:
-            problems.append("training.save_total_limit: the newest complete checkpoint is kept, always exactly one")
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples per optimizer step, over all processes and accumulated micro-batches."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps: `max_steps`, else `num_train_epochs` passes over `num_samples`."""
-        if self.max_steps > 0:
-            return self.max_steps
-        return math.ceil(self.num_train_epochs * num_samples / self.global_batch_size)
-
-
-@dataclass
-class ClipTrainingArguments(StageTrainingArguments):
-    """Settings of train-clip; defaults are LLM2CLIP's `run.sh`, with the paper's 4 epochs (run.sh says 20)."""
-
-    per_device_train_batch_size: int = 512  # on 8 GPUs: 4096
-    num_train_epochs: float = 4.0
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.05
-    lr_scheduler_type: str = "cosine"  # to 0, no warm-up
-    max_grad_norm: float = 5.0
 
 
 class StageTrainer(Trainer):
@@ -108,7 +52,7 @@ class StageTrainer(Trainer):
         data_collator: list of samples -> dict of tensors.
         objective: model output -> named scalars, see `Objective`; None if a subclass has its own `compute_loss`.
         lr_scale: parameter name -> factor on the learning rate; default 1 for all.
-        ema_decay: keep an exponential moving average of the weights, which `save_final` then writes.
+        ema_decay: keep an exponential moving average of the weights, float32 ones, which `save_final` then writes.
         callbacks: called before the trainer's own bookkeeping.
 
     Raises:
@@ -132,6 +76,7 @@ class StageTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process; start with `accelerate launch`, or show it one GPU")
+        assert ema_decay is None or not args.rounds_weights
         assert len(train_dataset) == args.max_steps * args.global_batch_size  # type: ignore[arg-type]
         super().__init__(
             model=model,
@@ -194,9 +139,10 @@ class StageTrainer(Trainer):
         return means, {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of `args.optim`: weight decay on matrices only, learning rates times `lr_scale`.
+        """The optimizer of `args.optim`: weight decay on what has two dimensions, learning rates times `lr_scale`.
 
-        The group with the highest learning rate comes first: it is the one that the Trainer logs.
+        This is open_clip's rule; it takes in position embeddings, which the original of LLM2CLIP leaves out. The group
+        with the highest learning rate comes first: it is the one that the Trainer logs.
         """
         if self.optimizer is None:
             module: Any = self.model if model is None else model

@@ -17,15 +17,20 @@ PREFIXED = {"clip_vision_model": "vision_model.", "siglip_vision_model": "vision
 tower without the prefix loads in 4.x as a random one, with only a warning."""
 
 
-def load_vision_model(clip: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def load_vision_model(clip: str, *, pooled: bool = False) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Load the vision model and the image processor of a CLIP directory, or of a vision model's own.
 
+    Args:
+        clip: directory or hub id.
+        pooled: whether ViT's pooler must be there; classifiers have none, and LLaVA reads none.
+
     Raises:
-        ValueError: if there is no such model, or no image processor beside it.
+        ValueError: if there is no such model, no image processor beside it, or weights of its vision half are missing.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     import llm2clip.modeling_clip  # noqa: F401  # registers LLM2CLIPModel with AutoModel
+    from llm2clip.clip_init import check_weights
 
     try:
         config = AutoConfig.from_pretrained(clip)
@@ -35,9 +40,11 @@ def load_vision_model(clip: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             f"{clip} holds no model with its image processor ({error}); expected config.json, model.safetensors and "
             "preprocessor_config.json, as train-clip writes them"
         ) from error
-    model = AutoModel.from_pretrained(clip)
-    vision_model = model.vision_model if "vision_config" in config.to_dict() else model
-    return vision_model.eval(), processor
+    model, info = AutoModel.from_pretrained(clip, output_loading_info=True)
+    whole = "vision_config" in config.to_dict()
+    part = "vision_model." if whole else ""
+    check_weights(clip, model, info, part, unread=() if pooled else (f"{part}pooler.",))
+    return (model.vision_model if whole else model).eval(), processor
 
 
 def write_tower(vision_model: PreTrainedModel, processor: BaseImageProcessor, tower: Path) -> None:

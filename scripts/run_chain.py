@@ -9,11 +9,11 @@ arm (optional), `settings` common to the stages of one command, and `stages`, ea
     name        its output directory below root; also the prefix of its overrides
     command     such as `llm2clip train-clip`
     arm         run only if this arm is asked for (optional)
-    per_arm     run once for every arm, in NAME-ARM (optional); `{arm}` and the arm's `values` are filled in
+    per_arm     run once for every arm, in NAME-ARM (optional); `{arm}` and the arm's `values`, texts, are filled in
     per_seed    run once for every seed, in NAME/seed-N (optional)
-    settings    the stage's configuration; `{root}` and `{seed}` are filled in, a list item with `{seed}` in
-                a stage that is not per_seed becomes one item per seed, a mapping key or list item ending in
-                `?ARM` is dropped unless that arm is run
+    settings    the stage's configuration; `{root}` and `{seed}` are filled in, in a stage that is not per_seed
+                a text with `{seed}` in a list becomes one item per seed (and is an error elsewhere), a mapping
+                key or list item ending in `?ARM` is dropped unless that arm is run
 
 A file may name another one as its `base` and hold what differs: top-level keys, and under `overrides` settings by
 stage. Every stage's configuration is checked before the first one starts.
@@ -153,10 +153,19 @@ def _step(chain: dict[str, Any], stage: dict[str, Any], arm: str | None, seed: i
     name = stage["name"] + (f"-{arm}" if arm else "") + ("" if seed is None else f"/seed-{seed}")
     values = {"root": chain["root"]}
     if arm:
-        values |= {"arm": arm, **chain["values"][arm]}
+        given = chain.get("values", {}).get(arm)
+        if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+            raise ValueError(
+                f"{name}: the stage is per_arm, but `values` has {given!r} for arm {arm}; expected a mapping to "
+                'texts, such as {rate: "1e-4"}, or {} for none'
+            )
+        values |= {"arm": arm, **given}
     settings: dict[str, Any] = {}
     for part in (chain.get("settings", {}).get(stage["command"], {}), stage.get("settings", {})):
-        merge(settings, _fill(part, values, chain["arms"], chain["seeds"], seed))
+        try:
+            merge(settings, _fill(part, values, chain["arms"], chain["seeds"], seed))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     settings.setdefault("output_dir", f"{chain['root']}/{name}")
     config_file = Path(chain["root"]) / "configs" / f"{name.replace('/', '-')}.yaml"
     return Step(name, stage["command"], settings, config_file, Path(settings["output_dir"]))
@@ -182,11 +191,16 @@ def _fill(value: Any, values: dict[str, str], arms: list[str], seeds: list[int],
             items += [_fill(item, values, arms, seeds, s) for s in (seeds if each_seed else [seed])]
         return items
     if isinstance(value, str):
-        if value == "{seed}":
+        if value == "{seed}" and seed is not None:
             return seed
         for _ in range(2):  # the value of an arm may hold {root} and {seed}
-            for name, text in {**values, "seed": str(seed)}.items():
+            for name, text in values.items():
                 value = value.replace(f"{{{name}}}", text)
+        if "{seed}" in value and seed is None:
+            raise ValueError(
+                f"{value}: which {{seed}}? The stage is not per_seed; make it so, or a list of this, for all seeds"
+            )
+        value = value.replace("{seed}", str(seed))
     return value
 
 
@@ -215,17 +229,21 @@ def check(steps: list[Step]) -> dict[str, StageCall]:
 
 
 def run(step: Step, launcher: list[str], call: StageCall) -> None:
-    """Run one step as a process of its own; SIGTERM to the chain ends the step too."""
+    """Run one step as a process of its own; what ends the chain ends the step too."""
+    process: Any
     if launcher and call.training is not None:
         process = subprocess.Popen([*launcher, "-m", COMMANDS[step.command][1], *step.command.split()[1:], *step.argv])
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        code = process.wait()
+        wait = process.wait
     else:
-        worker = PROCESSES.Process(target=_run_stage, args=(COMMANDS[step.command][0], step.argv))
-        worker.start()
-        signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
-        worker.join()
-        code = worker.exitcode
+        process = PROCESSES.Process(target=_run_stage, args=(COMMANDS[step.command][0], step.argv))
+        process.start()
+        wait = process.join
+    try:
+        wait()
+    finally:
+        process.terminate()  # does nothing to a process that has ended
+        wait()
+    code = process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
     if code:
         print(
             f"{step.name} failed with exit code {code}; nothing is lost, run the same command again", file=sys.stderr
@@ -237,7 +255,12 @@ def _run_stage(module: str, argv: list[str]) -> None:
     raise SystemExit(cli.run_command(module, argv))
 
 
+def _stop(*_: Any) -> None:
+    raise SystemExit("terminated; nothing is lost, run the same command again")
+
+
 def main(argv: list[str]) -> None:
+    signal.signal(signal.SIGTERM, _stop)
     began = time.monotonic()
     chain, launcher = read_chain(argv)
     steps = plan(chain)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tiny import scene_captions, tiny_tokenizer, write_captions
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llm2clip.caption_data import CaptionData
 from llm2clip.embedding_store import shard_name, write_index, write_shard
@@ -123,6 +126,18 @@ def arguments(settings: dict[str, Any]) -> list[str]:
     """Dotted settings as a command line."""
     values = ((k, str(v) if isinstance(v, Path) else v) for k, v in settings.items())
     return [part for k, v in values for part in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+
+
+@contextmanager
+def deepspeed_forgotten() -> Iterator[None]:
+    """What training arguments with DeepSpeed leave behind in a process is undone at the end."""
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        unset_hf_deepspeed_config()
 
 
 def write_clip_tokenizer(directory: Path) -> Path:

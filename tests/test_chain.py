@@ -1,7 +1,8 @@
-"""The whole chain through its real commands, on the demo's real data and LLM, in miniature."""
+"""The chain's file and its signals; and all of it through its real commands, on real data and LLM, in miniature."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -10,13 +11,83 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run_chain(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield importlib.import_module("run_chain")
+    signal.signal(signal.SIGTERM, handler)
+    sys.modules.pop("run_chain")
+
+
+def one_stage(stage: dict[str, Any], **chain: Any) -> dict[str, Any]:
+    stage = {"name": "clip", "command": "llm2clip train-clip", **stage}
+    return {"root": "runs/x", "seeds": [0, 1], "arms": ["a"], "stages": [stage], **chain}
+
+
+def test_placeholders_are_filled_in(run_chain):
+    stage = {"per_arm": True, "settings": {"tower": "{tower}", "baseline": ["{root}/b/seed-{seed}"], "name": "{arm}"}}
+    (step,) = run_chain.plan(one_stage(stage, values={"a": {"tower": "{root}/tower"}}))
+    baseline = ["runs/x/b/seed-0", "runs/x/b/seed-1"]
+    expected = {"tower": "runs/x/tower", "baseline": baseline, "name": "a", "output_dir": "runs/x/clip-a"}
+    assert (step.name, step.settings) == ("clip-a", expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "chain", "message"),
+    [
+        ({"per_arm": True}, {}, "clip-a: the stage is per_arm, but `values` has None for arm a; expected a mapping"),
+        ({"per_arm": True}, {"values": {"a": {"lr": 1.0e-4}}}, "`values` has .'lr': 0.0001. for arm a; .* to texts"),
+        ({"settings": {"tower": "{root}/seed-{seed}"}}, {}, "clip: runs/x/seed-{seed}: which {seed}. The stage"),
+        ({"settings": {"training": {"seed": "{seed}"}}}, {}, "clip: {seed}: which {seed}. The stage is not per_seed"),
+    ],
+)
+def test_placeholders_that_cannot_be_filled_in_are_named(run_chain, stage, chain, message):
+    with pytest.raises(ValueError, match=message):
+        run_chain.plan(one_stage(stage, **chain))
+
+
+def test_sigterm_between_steps_ends_the_chain(run_chain, monkeypatch):
+    monkeypatch.setattr(run_chain, "read_chain", lambda argv: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="nothing is lost, run the same command again"):
+        run_chain.main([])
+
+
+def stage_without_end(module: str, argv: list[str]) -> None:
+    Path(argv[-1]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_sigterm_ends_the_step_with_the_chain(run_chain, monkeypatch, tmp_path, launched):
+    code = "import os, sys, time; open(sys.argv[-1], 'w').write(str(os.getpid())); time.sleep(60)"
+    pid_file = tmp_path / "pid"
+
+    def terminate_when_it_runs() -> None:
+        while not (pid_file.is_file() and pid_file.read_text()):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_chain, "_run_stage", stage_without_end)
+    signal.signal(signal.SIGTERM, run_chain._stop)
+    threading.Thread(target=terminate_when_it_runs, daemon=True).start()
+    step = run_chain.Step("clip", "llm2clip train-clip", {}, pid_file, tmp_path)
+    launcher = [sys.executable, "-c", code] if launched else []
+    with pytest.raises(SystemExit, match="terminated; nothing is lost"):
+        run_chain.run(step, launcher, SimpleNamespace(training=True))
+    assert not psutil.pid_exists(int(pid_file.read_text()))
 
 
 def command(root: Path, *argv: str) -> list[str]:
@@ -60,6 +131,7 @@ def finished(tmp_path_factory):
     return root, result.stdout
 
 
+@pytest.mark.slow
 def test_chain_writes_what_the_readme_says(finished):
     root, printed = finished
     for name in ("teacher", "embeddings", "clip-llm2clip/seed-0", "tower-llm2clip/seed-0", "report"):
@@ -72,6 +144,7 @@ def test_chain_writes_what_the_readme_says(finished):
     assert cra
 
 
+@pytest.mark.slow
 def test_tower_loads_without_this_package(finished):
     root, _ = finished
     code = (
@@ -86,6 +159,7 @@ def test_tower_loads_without_this_package(finished):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_rerun_does_nothing(finished):
     root, first = finished
     result = chain(root)
@@ -97,6 +171,7 @@ def test_rerun_does_nothing(finished):
     )
 
 
+@pytest.mark.slow
 def test_a_lost_stage_is_made_again_the_same(finished):
     root, _ = finished
     before = json.loads((root / "clip-llm2clip/seed-0/manifest.json").read_text())["fingerprint"]
@@ -107,6 +182,7 @@ def test_a_lost_stage_is_made_again_the_same(finished):
     assert "tower-llm2clip/seed-0 (llm2clip export): done before" in result.stdout
 
 
+@pytest.mark.slow
 def test_changed_setting_is_refused_and_nothing_is_lost(finished):
     root, _ = finished
     result = chain(root, "--clip-llm2clip.training.max_steps", "7")
@@ -115,6 +191,7 @@ def test_changed_setting_is_refused_and_nothing_is_lost(finished):
     assert (root / "clip-llm2clip/seed-0/manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_llava_goes_on_from_its_towers(finished):
     """pretrain, finetune, export, answers and report with SmolLM2; the model then answers in a process of its own."""
     root, _ = finished
@@ -136,6 +213,7 @@ def test_llava_goes_on_from_its_towers(finished):
     shutil.rmtree(root / "llava")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished):
     """Last, because it runs the chain anew where the others look; at the same path, which some files name."""

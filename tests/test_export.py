@@ -108,6 +108,44 @@ def test_a_whole_model_gives_its_vision_half(tmp_path, build):
     assert (tower / "model.safetensors").stat().st_mtime_ns == written
 
 
+def drop(weights: Path, ending: str) -> None:
+    """Take one tensor out of a file of weights."""
+    tensors = load_file(weights)
+    (name,) = (name for name in tensors if name.endswith(ending))
+    tensors.pop(name)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("build", [None, clip_model, llm2clip_model])
+def test_a_tensor_that_the_source_lacks_is_not_made_up(tmp_path, build):
+    source = tmp_path / "source"
+    if build is None:
+        save_tower(source, "clip")
+    else:
+        build().save_pretrained(source)
+        save_processor(source, "clip")
+    drop(source / "model.safetensors", "layers.1.mlp.fc1.weight")  # the text tower has a single layer
+    with pytest.raises(ValueError, match=r"1 missing keys for \w+, such as .*layers\.1\.mlp\.fc1\.weight"):
+        run_export(source, tmp_path / "export")
+    assert not (tmp_path / "export" / "vision_tower").exists()
+
+
+def test_a_tensor_of_the_text_side_is_not_missed(tmp_path):
+    clip_model().save_pretrained(tmp_path / "source")
+    save_processor(tmp_path / "source", "clip")
+    drop(tmp_path / "source" / "model.safetensors", "text_model.final_layer_norm.weight")
+    assert run_export(tmp_path / "source", tmp_path / "export").is_dir()
+
+
+def test_a_pooler_is_needed_where_it_is_read(tmp_path):
+    """Checkpoints of classifiers have none; LLaVA reads patches only."""
+    save_tower(tmp_path / "source", "vit")
+    drop(tmp_path / "source" / "model.safetensors", "pooler.dense.weight")
+    assert export.load_vision_model(str(tmp_path / "source"))[0].config.model_type == "vit"
+    with pytest.raises(ValueError, match="1 missing keys for ViTModel, such as pooler.dense.weight"):
+        run_export(tmp_path / "source", tmp_path / "export")
+
+
 def test_an_unfaithful_tower_is_an_error_and_not_called_done(tmp_path, monkeypatch):
     save_tower(tmp_path / "source", "clip")
     write = export.write_tower

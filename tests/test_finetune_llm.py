@@ -10,6 +10,7 @@ import yaml
 from processes import TWO_PROCESSES, kill_when, start
 from tiny import scene_captions, tiny_llm, write_captions
 from transformers import AutoModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llm2clip import finetune_llm
 from llm2clip.caption_data import CaptionData
@@ -150,6 +151,33 @@ def test_gradient_checkpointing_and_length_groups_change_nothing(teacher: Path, 
     run = make(root, tmp_path / "run", length_groups=4, training={"gradient_checkpointing": True})
     losses = [[json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()] for path in (teacher, run)]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-4, rtol=1e-4)
+
+
+def test_checkpointing_computes_no_gradient_below_the_adapters(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, inputs = LlamaDecoderLayer.forward, []
+
+    def watched(layer, hidden_states, *args, **kwargs):
+        if torch.is_grad_enabled():
+            inputs.append((layer.self_attn.layer_idx, hidden_states.requires_grad))
+        return forward(layer, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", watched)
+    mntp = {"block_size": 32, "per_device_batch_size": 4, "max_steps": 1}
+    training = {"gradient_checkpointing": True, "max_steps": 1}
+    make(root, tmp_path / "run", mntp=mntp, lora={"num_layers": 1, "dropout": 0.0}, training=training)
+    assert {layer for layer, _ in inputs} == {0, 1}
+    assert not any(needs_gradient for _, needs_gradient in inputs)
+
+
+def test_accumulation_does_not_widen_the_contrast(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make(root, tmp_path / "run", training={"gradient_accumulation_steps": 2, "max_steps": 1})
+    stage = TeacherSpec.load(run).stages[0]
+    assert (stage["global_batch_size"], stage["contrast_batch_size"]) == (16, 8)
+    assert "contrasted with the 8 pairs of its micro-batch, not with the 16 of the step" in caplog.text
 
 
 def test_collated_texts_come_back_in_order(root: Path) -> None:
@@ -309,6 +337,29 @@ def test_two_processes_equal_one(root: Path, tmp_path: Path, launcher: str, batc
     for name, weight in first.items():  # Adam turns rounding of tiny gradients into steps of some of the learning rate
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-3)
     assert (runs[1] / "cra.json").read_text() == (runs[2] / "cra.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_deepspeed_in_bf16_trains_both_stages_and_writes_float32_weights(root: Path, tmp_path: Path) -> None:
+    """Two trainers in one process; the change is that of a run without DeepSpeed, up to the rounding within steps."""
+    mntp = {"block_size": 32, "per_device_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3}
+    training = {"bf16": True, "max_steps": 4, "learning_rate": 1e-3, "warmup_steps": 0}
+    one = make(root, tmp_path / "one", mntp=mntp, training=training)
+    training |= {"per_device_train_batch_size": 4, "deepspeed": "configs/deepspeed/zero2.json"}
+    run = tmp_path / "two"
+    values = settings(root, run, mntp=mntp | {"per_device_batch_size": 2}, training=training)
+    arguments = ["--config", config_file(values)]
+    assert start(COMMAND, arguments, *TWO_PROCESSES, DS_ACCELERATOR="cpu").wait() == 0
+    assert [stage["stage"] for stage in TeacherSpec.load(run).stages] == ["mntp", "caption-contrastive"]
+    base, single, double = (AutoModel.from_pretrained(path) for path in (root / "llm", one, run))
+    assert double.dtype == torch.float32
+    for name, weight in double.state_dict().items():
+        before, expected = base.state_dict()[name], single.state_dict()[name]
+        if "proj" in name:
+            assert 0 < (weight - expected).norm() < 0.3 * (expected - before).norm(), name
+        else:
+            assert torch.equal(weight, before), name
 
 
 @pytest.mark.slow

@@ -186,6 +186,10 @@ MISTRAL = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+LLAMA_2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + "
+    "' [/INST]' }}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -198,6 +202,7 @@ GEMMA = (
     [
         (LLAMA_3, ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")),
         (MISTRAL, ("[INST] ", " [/INST]")),
+        (LLAMA_2, ("[INST] ", " [/INST]")),  # has a BOS token in front of every turn
         (GEMMA, ("<start_of_turn>user\n", "<end_of_turn>")),
         (CHAT_TEMPLATE, ("<|start|>user\n", "<|end|>")),  # has a default system turn
     ],

@@ -13,14 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from clip_data import deepspeed_forgotten
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from llm2clip.caption_training import TeacherTrainingArguments
 from llm2clip.losses import clip_loss, in_batch_accuracy
-from llm2clip.trainer import ClampLogitScale, StageTrainer, StageTrainingArguments
+from llm2clip.trainer import ClampLogitScale, StageTrainer
+from llm2clip.training_arguments import ClipTrainingArguments, StageTrainingArguments
 
 GOLDEN = Path(__file__).parent / "golden" / "trainer.json"
+DEEPSPEED = Path(__file__).parents[1] / "configs" / "deepspeed"
 STEPS, BATCH = 16, 8
 
 
@@ -346,3 +350,15 @@ def test_moving_average_is_what_is_saved(tmp_path: Path):
 def test_settings_that_would_break_resuming_are_refused(tmp_path: Path, settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("arguments", [ClipTrainingArguments, TeacherTrainingArguments])
+def test_zero3_is_refused_where_whole_weights_are_written(tmp_path: Path, arguments: type[StageTrainingArguments]):
+    settings: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    with deepspeed_forgotten():
+        arguments(**settings, deepspeed=f"{DEEPSPEED}/zero2.json")
+        with pytest.raises(ValueError, match="ZeRO stage 3 is not supported .* one of 1, 2, such"):
+            arguments(**settings, deepspeed=f"{DEEPSPEED}/zero3.json")
+        args = StageTrainingArguments(**settings, deepspeed=f"{DEEPSPEED}/zero3.json")
+        assert args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3  # LLaVA's stages take it
+    assert not transformers.integrations.is_deepspeed_zero3_enabled()
