@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
-import llm2clip.modeling_clip  # noqa: F401  # registers LLM2CLIPModel with AutoModel
+from llm2clip.clip_init import load_model
 from llm2clip.images import ImageTransform
 from llm2clip.run_dir import fingerprint
 from llm2clip.teacher import CaptionEncoder, encode_texts
@@ -204,9 +204,9 @@ def load_clip(clip: str) -> Any:
     """Load an LLM2CLIPModel or a stock CLIP or SigLIP model, in float32.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if it is none of them, or tensors are missing.
     """
-    model = AutoModel.from_pretrained(clip, dtype="float32")
+    model = load_model(clip)
     if model.config.model_type not in MODEL_TYPES:
         raise ValueError(
             f"{clip} is a {model.config.model_type}, which has no features to compare captions with; expected a "

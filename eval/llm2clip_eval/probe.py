@@ -195,7 +195,7 @@ def image_encoder(config: ProbeConfig) -> Callable[[LabelledImages], torch.Tenso
             return dual.encode_image(pixel_values)
 
     else:
-        tower, processor = load_vision_model(config.clip)
+        tower, processor = load_vision_model(config.clip, pooled=True)
         model = tower.float().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         transform = ImageTransform.from_image_processor(processor)  # type: ignore[arg-type]
 
