@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from llava_data import llava_parts, stage_argv
+from processes import start
 
 from llava_bridge import export, finetune, pretrain
 from llava_bridge.compose import compose
@@ -100,3 +101,14 @@ def test_a_step_without_anything_to_learn_is_no_disaster(root: Path, tmp_path: P
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses.count(0.0) == 1 and all(loss > 0.1 for loss in losses if loss)
     assert read_manifest(run)["num_steps"] == 32
+
+
+@pytest.mark.slow
+def test_deepspeed_that_accelerate_set_up(root: Path, tmp_path: Path):
+    """`accelerate launch --use_deepspeed` tells a stage by these variables, not by training.deepspeed."""
+    settings = {"training__max_steps": 2, "training__use_cpu": False}
+    argv = stage_argv(llava_parts(root), root / "dialogues", tmp_path / "run", **settings)
+    told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+    one = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert start("llava-bridge finetune", argv, **told, **one).wait(timeout=300) == 0
+    assert read_manifest(tmp_path / "run")["num_steps"] == 2
