@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_bridge.parts import require_same_parts
+from llava_bridge.parts import check_stage_1
 from llava_bridge.tuning import WEIGHTS
 from llm2clip.caption_sources import write_skipped
 from llm2clip.config import StageCall, parse_stage
-from llm2clip.run_dir import RunDir, fingerprint, is_main_process, model_fingerprint, read_manifest
+from llm2clip.run_dir import RunDir, fingerprint, is_main_process, model_fingerprint
 
 if TYPE_CHECKING:
     from llava_bridge.compose import Composed
@@ -306,11 +306,6 @@ def finetune_inputs(config: FinetuneConfig, data: DialogueData) -> dict[str, str
     """Fingerprints of stage 2, checked against the stage 1 that it starts from."""
     found = fingerprints(config, data)
     if config.pretrained is not None:
-        require_same_parts(config.pretrained, found, config.feature_layer)
-        if config.tune.llm == "qlora" and read_manifest(config.pretrained)["settings"]["tune.llm"] == "full":
-            raise ValueError(
-                f"tune.llm is qlora, which holds the LLM as it was in 4 bits, but {config.pretrained} trained all of "
-                "it; take lora or full"
-            )
+        check_stage_1(config.pretrained, config, found)
         found["pretrained"] = fingerprint(config.pretrained)
     return found

@@ -153,11 +153,7 @@ def tune_encoder(
         batches=batches,
         seed=training.seed,
     )
-    if training.gradient_accumulation_steps > 1 and training.process_index == 0:
-        logger.warning(
-            "training.gradient_accumulation_steps: a query is contrasted with the %d pairs of its micro-batch, not "
-            "with the %d of the step", training.contrast_batch_size, training.global_batch_size,
-        )  # fmt: skip
+    training.warn_of_accumulation("pairs")
     set_seed(training.seed)  # LoRA starts from random numbers
     model = add_lora(PairModel(encoder), encoder.llm, **lora)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -143,11 +143,7 @@ def _train(
         "%s: %d images in %d sources, %d steps of %d", STAGE, num_samples, len(sources), args.max_steps,
         args.global_batch_size,
     )  # fmt: skip
-    if args.gradient_accumulation_steps > 1 and is_main_process():
-        logger.warning(
-            "training.gradient_accumulation_steps: an image is contrasted with the %d captions of its micro-batch, "
-            "not with the %d of the step", args.contrast_batch_size, args.global_batch_size,
-        )  # fmt: skip
+    args.warn_of_accumulation("captions")
     callbacks: list[TrainerCallback] = [CheckSkipped(stream)]
     if model.logit_scale.requires_grad:
         callbacks.append(ClampLogitScale(model.logit_scale))

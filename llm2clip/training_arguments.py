@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,6 +63,15 @@ class StageTrainingArguments(TrainingArguments):
         Accumulated micro-batches are not contrasted with each other.
         """
         return self.train_batch_size * self.world_size
+
+    def warn_of_accumulation(self, what: str) -> None:
+        """Say that accumulated micro-batches are not contrasted with each other, only with `what` is in their own."""
+        if self.gradient_accumulation_steps > 1 and self.process_index == 0:
+            logger.warning(
+                "training.gradient_accumulation_steps: a sample is contrasted with the %d %s of its micro-batch, not "
+                "with the %d of the step",
+                *(self.contrast_batch_size, what, self.global_batch_size),
+            )
 
     @property
     def rounds_weights(self) -> bool:

@@ -17,7 +17,7 @@ import transformers
 import yaml
 from PIL import Image
 from question_files import picture, question, write_questions
-from tiny_llava import llava_model, llava_tokenizer
+from tiny_llava import chat_inputs, llava_model, llava_tokenizer
 
 from llm2clip.cli import dispatch
 from llm2clip_eval import answers
@@ -89,14 +89,7 @@ def naive_model(directory: Path) -> Callable[[Image.Image, str], str]:
     llava: Any = transformers.LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
 
     def answer(image: Image.Image, text: str) -> str:
-        parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-        batch = processor.apply_chat_template(
-            [{"role": "user", "content": parts}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        batch = chat_inputs(processor, {"type": "image", "image": image}, {"type": "text", "text": text})
         ids = llava.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
         return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from llava_exports import LLMS, Export, sentencepiece_tokenizer
+from tiny_llava import chat_inputs
 
 SCRIPT = Path(__file__).with_name("vllm_generate.py")
 QUESTION = "is the red cat in the image?"
@@ -61,14 +62,7 @@ def answer(model: Path, image: PIL.Image.Image) -> dict[str, Any]:
     """As vllm_generate.py, with transformers."""
     processor = transformers.AutoProcessor.from_pretrained(model)
     llava: Any = transformers.LlavaForConditionalGeneration.from_pretrained(model)
-    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = chat_inputs(processor, {"type": "image", "image": image}, {"type": "text", "text": QUESTION})
     count = {"min_new_tokens": 8, "max_new_tokens": 8}
     output = llava.generate(**inputs, **count, output_logits=True, return_dict_in_generate=True)
     ids = output.sequences[0, inputs.input_ids.shape[1] :].tolist()

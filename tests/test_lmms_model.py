@@ -18,6 +18,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 from PIL import Image
 from question_files import picture
+from tiny_llava import chat_inputs
 from transformers.image_utils import load_image
 
 from llm2clip_eval import lmms_model
@@ -96,15 +97,8 @@ def test_mixed_batches_answer_as_plain_transformers_does_one_by_one(llava, build
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32)
     expected = []
     for document in DOCUMENTS:
-        content = [*({"type": "image", "image": shown} for shown in document["images"])]
-        content.append({"type": "text", "text": document["question"]})
-        batch = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        shown = [{"type": "image", "image": image} for image in document["images"]]
+        batch = chat_inputs(processor, *shown, {"type": "text", "text": document["question"]})
         ids = model.generate(**batch, max_new_tokens=6, do_sample=False)[0, batch["input_ids"].shape[1] :]
         expected.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
     assert len(set(expected)) > 3

@@ -59,6 +59,17 @@ def tower_processor(kind: str) -> Any:
     return transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
 
 
+def chat_inputs(processor: Any, *content: dict[str, Any]) -> Any:
+    """A user's turn of typed parts as tensors, by the processor's own way from messages to ids."""
+    return processor.apply_chat_template(
+        [{"role": "user", "content": [*content]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
 def llava_model(
     kind: str, tokenizer: Any, *, llm: str = "llama", **text: Any
 ) -> transformers.LlavaForConditionalGeneration:
